@@ -1,0 +1,322 @@
+package nbdserver
+
+import (
+	"bufio"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Limits of the handshake.
+const (
+	maxOptions    = 64
+	maxOptionData = 64 << 10
+	maxQueries    = 128
+)
+
+// readerSize is the buffer of a connection's input: as many requests as one
+// system call may bring.
+const readerSize = 16 << 10
+
+// choice is what a handshake settled.
+type choice struct {
+	export     *export
+	structured bool // structured replies
+	allocation bool // the metadata context base:allocation
+}
+
+// negotiation is the handshake of one client.
+//
+// Source: NBD doc/proto.md, "Fixed newstyle negotiation".
+type negotiation struct {
+	server   *Server
+	conn     net.Conn
+	in       *bufio.Reader // goes on to be the input of the transmission phase
+	out      *bufio.Writer
+	deadline time.Time
+
+	noZeroes   bool
+	structured bool
+	// allocationOf is the export for which the client selected base:allocation,
+	// nil for none.
+	allocationOf *export
+}
+
+func newNegotiation(s *Server, nc net.Conn) *negotiation {
+	return &negotiation{
+		server: s, conn: nc,
+		in: bufio.NewReaderSize(nc, readerSize), out: bufio.NewWriter(nc),
+		deadline: time.Now().Add(s.options.HandshakeTimeout),
+	}
+}
+
+// run greets the client and answers its options. It returns the choice with
+// which transmission begins, its export attached, or nil when the client left
+// or had to be dropped; the error says why and is nil for a polite farewell.
+func (n *negotiation) run() (*choice, error) {
+	if err := n.conn.SetDeadline(n.deadline); err != nil {
+		return nil, err
+	}
+	if err := n.greet(); err != nil {
+		return nil, err
+	}
+	for range maxOptions {
+		option, data, err := n.readOption()
+		if err != nil {
+			return nil, err
+		}
+		var chosen *choice
+		switch option {
+		case optExportName:
+			chosen, err = n.exportName(string(data))
+		case optGo:
+			chosen, err = n.enter(data)
+		case optAbort:
+			n.reply(option, repAck, nil)
+			return nil, n.out.Flush()
+		default:
+			n.answer(option, data)
+		}
+		if err == nil {
+			err = n.out.Flush()
+		}
+		if err == nil && chosen != nil {
+			err = n.conn.SetDeadline(time.Time{}) // from here on an idle client is fine
+		}
+		if err != nil {
+			if chosen != nil {
+				chosen.export.users.Done()
+			}
+			return nil, err
+		}
+		if chosen != nil {
+			return chosen, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: more than %d options", errProtocol, maxOptions)
+}
+
+func (n *negotiation) greet() error {
+	b := binary.BigEndian.AppendUint64(nil, magicServer)
+	b = binary.BigEndian.AppendUint64(b, magicOption)
+	b = binary.BigEndian.AppendUint16(b, flagFixedNewstyle|flagNoZeroes)
+	if _, err := n.conn.Write(b); err != nil {
+		return err
+	}
+	var p [4]byte
+	if _, err := io.ReadFull(n.in, p[:]); err != nil {
+		return err
+	}
+	flags := binary.BigEndian.Uint32(p[:])
+	if flags&^(flagFixedNewstyle|flagNoZeroes) != 0 {
+		return fmt.Errorf("%w: client flags %#x", errProtocol, flags)
+	}
+	n.noZeroes = flags&flagNoZeroes != 0
+	return nil
+}
+
+func (n *negotiation) readOption() (option uint32, data []byte, err error) {
+	var p [16]byte
+	if _, err := io.ReadFull(n.in, p[:]); err != nil {
+		return 0, nil, err
+	}
+	if magic := binary.BigEndian.Uint64(p[:]); magic != magicOption {
+		return 0, nil, fmt.Errorf("%w: option magic %#x", errProtocol, magic)
+	}
+	option, length := binary.BigEndian.Uint32(p[8:]), binary.BigEndian.Uint32(p[12:])
+	if length > maxOptionData {
+		return 0, nil, fmt.Errorf("%w: option %d with %d bytes", errProtocol, option, length)
+	}
+	data = make([]byte, length)
+	_, err = io.ReadFull(n.in, data)
+	return option, data, err
+}
+
+// reply queues a reply to an option. Errors surface when out is flushed.
+func (n *negotiation) reply(option, kind uint32, payload []byte) {
+	var p [20]byte
+	binary.BigEndian.PutUint64(p[:], magicOptReply)
+	binary.BigEndian.PutUint32(p[8:], option)
+	binary.BigEndian.PutUint32(p[12:], kind)
+	binary.BigEndian.PutUint32(p[16:], uint32(len(payload)))
+	n.out.Write(p[:])
+	n.out.Write(payload)
+}
+
+// fail queues an error reply with a message for people.
+func (n *negotiation) fail(option, kind uint32, message string) {
+	n.reply(option, kind, []byte(message))
+}
+
+// answer handles the options that neither end nor fail the handshake.
+func (n *negotiation) answer(option uint32, data []byte) {
+	switch option {
+	case optList:
+		n.list(data)
+	case optInfo:
+		if name, infos, ok := parseInfo(data); !ok {
+			n.fail(option, repErrInvalid, "malformed request")
+		} else {
+			n.describe(option, n.server.find(name), infos)
+		}
+	case optStructuredReply:
+		if len(data) > 0 {
+			n.fail(option, repErrInvalid, "this option has no data")
+			return
+		}
+		n.structured = true
+		n.reply(option, repAck, nil)
+	case optListMetaContext, optSetMetaContext:
+		n.metaContext(option, data)
+	default:
+		n.fail(option, repErrUnsup, "unknown option")
+	}
+}
+
+func (n *negotiation) list(data []byte) {
+	if len(data) > 0 {
+		n.fail(optList, repErrInvalid, "this option has no data")
+		return
+	}
+	for _, x := range n.server.list() {
+		b := binary.BigEndian.AppendUint32(nil, uint32(len(x.Name)))
+		b = append(append(b, x.Name...), x.Description...)
+		n.reply(optList, repServer, b)
+	}
+	n.reply(optList, repAck, nil)
+}
+
+// transmissionFlags are the truth about a read-only export: there is nothing to
+// flush, so a flush is done at once, on all connections.
+func (n *negotiation) transmissionFlags() uint16 {
+	flags := flagHasFlags | flagReadOnly | flagSendFlush | flagCanMultiConn | flagSendCache
+	if n.structured {
+		flags |= flagSendDF
+	}
+	return flags
+}
+
+// exportName answers the one option that has no way to say no.
+//
+// Source: NBD doc/proto.md, "NBD_OPT_EXPORT_NAME".
+func (n *negotiation) exportName(name string) (*choice, error) {
+	x := n.server.attach(name)
+	if x == nil {
+		return nil, fmt.Errorf("%w: %.64q", ErrNotFound, name)
+	}
+	b := binary.BigEndian.AppendUint64(nil, uint64(x.size))
+	b = binary.BigEndian.AppendUint16(b, n.transmissionFlags())
+	if !n.noZeroes {
+		b = append(b, make([]byte, 124)...)
+	}
+	n.out.Write(b)
+	return n.choose(x), nil
+}
+
+// enter answers NBD_OPT_GO. The choice is nil after an error reply.
+func (n *negotiation) enter(data []byte) (*choice, error) {
+	name, infos, ok := parseInfo(data)
+	if !ok {
+		n.fail(optGo, repErrInvalid, "malformed request")
+		return nil, nil
+	}
+	x := n.server.attach(name)
+	n.describe(optGo, x, infos)
+	if x == nil {
+		return nil, nil
+	}
+	return n.choose(x), nil
+}
+
+func (n *negotiation) choose(x *export) *choice {
+	return &choice{export: x, structured: n.structured, allocation: n.allocationOf == x}
+}
+
+// parseInfo reads the data of NBD_OPT_INFO and NBD_OPT_GO.
+func parseInfo(data []byte) (name string, infos []uint16, ok bool) {
+	d := decoder{p: data}
+	name = d.string()
+	for range d.uint16() {
+		if d.bad {
+			break
+		}
+		infos = append(infos, d.uint16())
+	}
+	return name, infos, d.complete()
+}
+
+// describe replies with what a client asked to know about an export; nil is one
+// that does not exist.
+//
+// Source: NBD doc/proto.md, "NBD_REP_INFO".
+func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
+	if x == nil {
+		n.fail(option, repErrUnknown, "no such export")
+		return
+	}
+	info := func(kind uint16) []byte { return binary.BigEndian.AppendUint16(nil, kind) }
+	b := binary.BigEndian.AppendUint64(info(infoExport), uint64(x.size))
+	n.reply(option, repInfo, binary.BigEndian.AppendUint16(b, n.transmissionFlags()))
+	if slices.Contains(infos, infoName) {
+		n.reply(option, repInfo, append(info(infoName), x.Name...))
+	}
+	if slices.Contains(infos, infoDescription) && x.Description != "" {
+		n.reply(option, repInfo, append(info(infoDescription), x.Description...))
+	}
+	if slices.Contains(infos, infoBlockSize) {
+		b := binary.BigEndian.AppendUint32(info(infoBlockSize), 1)
+		b = binary.BigEndian.AppendUint32(b, uint32(x.BlockSize))
+		n.reply(option, repInfo, binary.BigEndian.AppendUint32(b, maxPayload))
+	}
+	n.reply(option, repAck, nil)
+}
+
+// metaContext lists or selects metadata contexts.
+//
+// Source: NBD doc/proto.md, "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT".
+func (n *negotiation) metaContext(option uint32, data []byte) {
+	set := option == optSetMetaContext
+	if set {
+		n.allocationOf = nil // also when this request fails
+		if !n.structured {
+			n.fail(option, repErrInvalid, "structured replies come first")
+			return
+		}
+	}
+	d := decoder{p: data}
+	name, count := d.string(), d.uint32()
+	if count > maxQueries {
+		n.fail(option, repErrTooBig, "too many queries")
+		return
+	}
+	found := count == 0 && !set // no query lists everything, and selects nothing
+	for range count {
+		query := d.string()
+		if namespace, _, ok := strings.Cut(query, ":"); !ok || namespace == "" {
+			d.bad = true
+		}
+		found = found || query == baseAllocation || query == "base:" && !set
+	}
+	if !d.complete() {
+		n.fail(option, repErrInvalid, "malformed request")
+		return
+	}
+	x := n.server.find(name)
+	if x == nil {
+		n.fail(option, repErrUnknown, "no such export")
+		return
+	}
+	if found {
+		id := uint32(0) // reserved in lists
+		if set {
+			id = allocationID
+			n.allocationOf = x
+		}
+		n.reply(option, repMetaContext, append(binary.BigEndian.AppendUint32(nil, id), baseAllocation...))
+	}
+	n.reply(option, repAck, nil)
+}

@@ -1,0 +1,300 @@
+// Package nbdserver serves disks over NBD, the network block device protocol.
+//
+// A [Server] holds named exports, each an [image.Disk], and speaks fixed
+// newstyle NBD on the listeners it is given. Exports are read-only. Clients
+// that negotiate structured replies get zeros as holes, and block status of the
+// context base:allocation.
+//
+// The protocol is NBD's doc/proto.md; comments name its sections.
+//
+// # A connection
+//
+// The handshake runs in one goroutine. The transmission phase has
+//
+//	one reader     takes requests off the socket, waits for the byte budget,
+//	               hands each request to a worker
+//	workers        started as they are needed, at most Options.Workers; each reads the disk and
+//	               builds the whole reply in one pooled buffer
+//	one writer     a role, not a goroutine: a worker that finds nobody
+//	               writing writes, and goes on until nothing waits
+//
+// So one request at a time costs no handing over of its reply, while under load
+// many replies leave with one system call. Replies overtake each other, and
+// small ones overtake large ones.
+//
+// # Invariants
+//
+//   - A reply is complete before its first byte is sent: an error of the disk
+//     becomes an error reply (EIO) and never a broken stream.
+//   - The server reads an export's disk only between the handshake that chose
+//     the export and the return of [Server.Remove] or [Server.Serve].
+//   - Metadata contexts belong to the export that they were negotiated for.
+//
+// # Limits
+//
+//	32 MiB      payload of a request; a longer read gets an error reply, a longer
+//	            write ends the connection, since its bytes would have to be read
+//	4096 bytes  names, descriptions, queries
+//	64 KiB      data of an option; a longer one ends the connection
+//	64          options of a handshake
+//	128         queries of a metadata option
+//	65,536      extents of a block status reply, and pieces of the disk's map
+//	            that are looked at for it
+//
+// and those of [Options]. A connection has at most Options.Budget bytes of replies in memory.
+package nbdserver
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/bits"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/holdfast-backup/holdfast/image"
+)
+
+// Errors of Add and Remove.
+var (
+	// ErrExists means that an export of that name is being served.
+	ErrExists = errors.New("export exists already")
+	// ErrNotFound means that no export of that name is being served.
+	ErrNotFound = errors.New("no such export")
+	// ErrInvalid means an export that NBD cannot express.
+	ErrInvalid = errors.New("invalid export")
+)
+
+// Options configure a Server. The zero value is the production default.
+type Options struct {
+	// MaxConnections is how many clients may be connected at once, over all
+	// listeners; further ones are closed at once. Default 128.
+	MaxConnections int
+	// HandshakeTimeout is how long a client may take to choose an export.
+	// Default 10 s.
+	HandshakeTimeout time.Duration
+	// DrainTimeout is how long a client may take to receive its last replies
+	// when the server stops or its export is removed. Default 10 s.
+	DrainTimeout time.Duration
+	// Workers is how many requests of one connection read the disk at the same
+	// time. Default 16, what QEMU sends at once.
+	Workers int
+	// Budget is how many bytes of replies one connection may hold in memory; a
+	// request that does not fit waits. At least one request always fits.
+	// Default 64 MiB.
+	Budget int64
+	// Log receives errors of disks, and at debug level the coming and going of
+	// clients. Default slog.Default().
+	Log *slog.Logger
+}
+
+func (o Options) withDefaults() Options {
+	o.MaxConnections = cmp.Or(o.MaxConnections, 128)
+	o.HandshakeTimeout = cmp.Or(o.HandshakeTimeout, 10*time.Second)
+	o.DrainTimeout = cmp.Or(o.DrainTimeout, 10*time.Second)
+	o.Workers = cmp.Or(o.Workers, 16)
+	o.Budget = cmp.Or(o.Budget, 64<<20)
+	o.Log = cmp.Or(o.Log, slog.Default())
+	return o
+}
+
+// Export is a disk with the name that clients ask for.
+type Export struct {
+	// Name is 1 to 4096 bytes of UTF-8 without NUL.
+	Name string
+	// Description is for people; at most 4096 bytes of UTF-8 without NUL.
+	Description string
+	// Disk is what is served. Its size must not change. The server does not
+	// close it.
+	Disk image.Disk
+	// BlockSize is the size in bytes of the requests that the disk answers
+	// best, a power of two from 512 to 32 MiB. 0 means 4096.
+	BlockSize int
+}
+
+// validate checks what the protocol demands of an export.
+//
+// Source: NBD doc/proto.md, "Conventions" and "Size constraints".
+func (e Export) validate() error {
+	for what, s := range map[string]string{"name": e.Name, "description": e.Description} {
+		if len(s) > maxString || !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+			return fmt.Errorf("%w: the %s %.64q is not %d bytes or less of UTF-8 without NUL", ErrInvalid, what, s, maxString)
+		}
+	}
+	if e.Name == "" {
+		return fmt.Errorf("%w: it has no name", ErrInvalid)
+	}
+	if e.BlockSize < 512 || e.BlockSize > maxPayload || bits.OnesCount(uint(e.BlockSize)) != 1 {
+		return fmt.Errorf("%w: %q has block size %d, not a power of two from 512 to %d", ErrInvalid, e.Name, e.BlockSize, maxPayload)
+	}
+	if size := e.Disk.Size(); size < 0 || size > image.MaxSize {
+		return fmt.Errorf("%w: %q has a size of %d bytes", ErrInvalid, e.Name, size)
+	}
+	return nil
+}
+
+// export is an Export being served.
+type export struct {
+	Export
+	size    int64
+	removed context.Context // done once the export is removed
+	remove  context.CancelFunc
+	users   sync.WaitGroup // connections in the transmission phase; Add only under Server.mu
+}
+
+// Server serves exports to NBD clients. Its methods may be called from many
+// goroutines at once.
+type Server struct {
+	options     Options
+	connections chan struct{} // holds a token for each connection
+
+	mu      sync.Mutex // guards exports
+	exports map[string]*export
+}
+
+// New returns a server without exports.
+func New(o Options) *Server {
+	o = o.withDefaults()
+	return &Server{
+		options:     o,
+		connections: make(chan struct{}, o.MaxConnections),
+		exports:     map[string]*export{},
+	}
+}
+
+// Add begins to serve an export. It fails with ErrExists or ErrInvalid.
+func (s *Server) Add(e Export) error {
+	e.BlockSize = cmp.Or(e.BlockSize, 4096)
+	if err := e.validate(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exports[e.Name] != nil {
+		return fmt.Errorf("%w: %q", ErrExists, e.Name)
+	}
+	x := &export{Export: e, size: e.Disk.Size()}
+	x.removed, x.remove = context.WithCancel(context.Background())
+	s.exports[e.Name] = x
+	return nil
+}
+
+// Remove stops serving an export and ends its connections. It returns when the
+// last read of its disk has returned, so that the disk can be closed. It fails
+// with ErrNotFound.
+func (s *Server) Remove(name string) error {
+	s.mu.Lock()
+	x := s.exports[name]
+	delete(s.exports, name)
+	s.mu.Unlock()
+	if x == nil {
+		return fmt.Errorf("%w: %q", ErrNotFound, name)
+	}
+	x.remove()
+	x.users.Wait()
+	return nil
+}
+
+// find returns the export of that name, or nil. The empty name means the only
+// export, if there is exactly one.
+func (s *Server) find(name string) *export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.findLocked(name)
+}
+
+func (s *Server) findLocked(name string) *export {
+	if name == "" && len(s.exports) == 1 {
+		for _, x := range s.exports {
+			return x
+		}
+	}
+	return s.exports[name]
+}
+
+// attach is find for a client that enters the transmission phase. The caller
+// calls users.Done of the export when the client is gone.
+func (s *Server) attach(name string) *export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x := s.findLocked(name)
+	if x != nil {
+		x.users.Add(1)
+	}
+	return x
+}
+
+// list returns the exports sorted by name.
+func (s *Server) list() []*export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.SortedFunc(maps.Values(s.exports), func(a, b *export) int { return cmp.Compare(a.Name, b.Name) })
+}
+
+// Serve accepts clients on l until ctx is done, then closes l and lets each
+// client receive the replies to what it has asked, for at most
+// Options.DrainTimeout. It returns nil after the last connection has ended, or
+// the listener's error. Several listeners may be served at once.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	defer cancel() // ends the clients when the listener failed
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+
+	for {
+		nc, err := l.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				nc.Close()
+			}
+			return nil
+		case err != nil && isTemporary(err):
+			s.options.Log.WarnContext(ctx, "cannot accept a client", slog.Any("error", err))
+			pause(ctx, 100*time.Millisecond)
+			continue
+		case err != nil:
+			return fmt.Errorf("accept on %v: %w", l.Addr(), err)
+		}
+		select {
+		case s.connections <- struct{}{}:
+			clients.Go(func() {
+				defer func() { <-s.connections }()
+				s.serveClient(ctx, nc)
+			})
+		default:
+			s.options.Log.WarnContext(ctx, "too many clients", slog.Int("limit", s.options.MaxConnections))
+			nc.Close()
+		}
+	}
+}
+
+// serveClient runs one connection from its greeting to its end.
+func (s *Server) serveClient(ctx context.Context, nc net.Conn) {
+	defer nc.Close()
+	log := s.options.Log.With(slog.String("client", nc.RemoteAddr().String()))
+	proceed := context.AfterFunc(ctx, func() { nc.Close() })
+	n := newNegotiation(s, nc)
+	chosen, err := n.run()
+	if chosen == nil {
+		proceed()
+		log.DebugContext(ctx, "handshake ended", slog.Any("error", err))
+		return
+	}
+	defer chosen.export.users.Done()
+	if !proceed() {
+		return
+	}
+	log = log.With(slog.String("export", chosen.export.Name))
+	log.DebugContext(ctx, "client connected")
+	err = newConn(s.options, nc, n.in, *chosen, log).serve(ctx)
+	log.DebugContext(ctx, "client gone", slog.Any("error", err))
+}
