@@ -1,0 +1,298 @@
+package vmdk_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/vmdk"
+)
+
+// write writes d to a new image and checks the progress that is reported.
+func write(t testing.TB, d image.Disk) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.vmdk")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var done atomic.Int64
+	if err := vmdk.Write(t.Context(), f, d, image.WriteOptions{Progress: func(n int64) { done.Add(n) }}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if done.Load() != d.Size() {
+		t.Errorf("progress: got %d bytes, want %d", done.Load(), d.Size())
+	}
+	return path
+}
+
+func TestWrite(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{0, 1, 512, 64*kib - 1, 64 * kib, 700*kib + 5*512, 32 * mib, 70*mib + 100} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			t.Parallel()
+			data := pattern(size)
+			path := write(t, memory{bytes.NewReader(data)})
+			rounded := append(data, make([]byte, -len(data)&511)...)
+			raw := writeFile(t, t.TempDir(), "want.raw", rounded)
+			checkStream(t, path, rounded)
+			if size == 0 {
+				return // QEMU opens no empty image
+			}
+			checkSame(t, mustOpen(t, path), raw)
+			checkAgainstQEMU(t, path)
+			run(t, "qemu-img", "check", "-f", "vmdk", path)
+			run(t, "qemu-img", "compare", "-f", "raw", "-F", "vmdk", raw, path)
+			var info struct {
+				Size     int64 `json:"virtual-size"`
+				Specific struct {
+					Data struct {
+						CreateType string `json:"create-type"`
+					}
+				} `json:"format-specific"`
+			}
+			if err := json.Unmarshal(run(t, "qemu-img", "info", "--output=json", path), &info); err != nil {
+				t.Fatal(err)
+			}
+			if info.Size != int64(len(rounded)) || info.Specific.Data.CreateType != "streamOptimized" {
+				t.Errorf("qemu-img info: got %+v, want %d bytes, streamOptimized", info, len(rounded))
+			}
+		})
+	}
+}
+
+// checkStream reads an image as a stream, marker by marker, as an importer does
+// that cannot seek.
+func checkStream(t *testing.T, path string, want []byte) {
+	t.Helper()
+	p, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	le := binary.LittleEndian
+	grains := map[uint32]bool{} // sectors of markers that no table names yet
+	tables := map[uint32]bool{} // sectors of tables that no directory names yet
+	next := int64(0)            // the first sector on the disk that a grain may have
+	directory := int64(0)       // sector of the file
+	at := int64(le.Uint64(p[64:])) * 512
+	for {
+		value, size, kind := int64(le.Uint64(p[at:])), int64(le.Uint32(p[at+8:])), le.Uint32(p[at+12:])
+		if size > 0 {
+			if value < next || value%128 != 0 || value*512 >= int64(len(want)) {
+				t.Fatalf("grain of sector %d after %d", value, next)
+			}
+			if image.IsZero(want[value*512 : min(int64(len(want)), value*512+64*kib)]) {
+				t.Errorf("grain of sector %d holds only zeros", value)
+			}
+			grains[uint32(at/512)] = true
+			next = value + 128
+			at += (12 + size + 511) / 512 * 512
+			continue
+		}
+		body := p[at+512 : at+512+value*512]
+		switch kind {
+		case 1:
+			if value != 4 {
+				t.Errorf("table of %d sectors", value)
+			}
+			tables[uint32(at/512)+1] = true
+			takeAll(t, grains, body)
+		case 2:
+			directory = at/512 + 1
+			takeAll(t, tables, body)
+		case 3:
+			if !bytes.HasPrefix(body, []byte("KDMV")) || int64(le.Uint64(body[56:])) != directory {
+				t.Errorf("footer names directory %d, want %d", le.Uint64(body[56:]), directory)
+			}
+		case 0:
+			if at+512 != int64(len(p)) || value != 0 {
+				t.Errorf("end marker at %d of %d bytes, value %d", at, len(p), value)
+			}
+			return
+		default:
+			t.Fatalf("marker of kind %d at %d", kind, at)
+		}
+		at += 512 + value*512
+	}
+}
+
+// takeAll checks that the entries of a table are exactly the given sectors, and forgets them.
+func takeAll(t *testing.T, sectors map[uint32]bool, table []byte) {
+	t.Helper()
+	for ; len(table) > 0; table = table[4:] {
+		if e := binary.LittleEndian.Uint32(table); e != 0 {
+			if !sectors[e] {
+				t.Errorf("table names sector %d, where nothing new is", e)
+			}
+			delete(sectors, e)
+		}
+	}
+	if len(sectors) > 0 {
+		t.Errorf("table does not name %d sectors", len(sectors))
+	}
+}
+
+// spots is a large disk with a byte of data here and there.
+type spots struct {
+	size int64
+	at   []int64 // multiples of 4 KiB, ascending; the 4 KiB there are 0x5a
+}
+
+func (d spots) Size() int64 { return d.size }
+
+func (d spots) ReadAt(p []byte, off int64) (int, error) {
+	clear(p)
+	for _, at := range d.at {
+		for i := max(at, off); i < min(at+4*kib, off+int64(len(p))); i++ {
+			p[i-off] = 0x5a
+		}
+	}
+	return len(p), nil
+}
+
+func (d spots) Extents(_ context.Context, _, _ int64) iter.Seq2[image.Extent, error] {
+	return func(yield func(image.Extent, error) bool) {
+		next := int64(0)
+		for _, at := range d.at {
+			if !yield(image.Extent{Off: next, Len: at - next, Zero: true}, nil) ||
+				!yield(image.Extent{Off: at, Len: 4 * kib}, nil) {
+				return
+			}
+			next = at + 4*kib
+		}
+		yield(image.Extent{Off: next, Len: d.size - next, Zero: true}, nil)
+	}
+}
+
+// TestWriteHuge writes a disk of 1 TiB that holds next to nothing.
+func TestWriteHuge(t *testing.T) {
+	t.Parallel()
+	d := spots{size: 1 << 40, at: []int64{0, 700 * kib, 500 * gib, 1<<40 - 4*kib}}
+	path := write(t, d)
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Size() > mib {
+		t.Errorf("got %d bytes, want less than 1 MiB", info.Size())
+	}
+	m := mustOpen(t, path)
+	var got []int64
+	p, want := make([]byte, 64*kib), make([]byte, 64*kib)
+	for _, e := range extents(t, m) {
+		if e.Zero {
+			continue
+		}
+		got = append(got, e.Off)
+		if err := image.ReadFull(m, p, e.Off); err != nil {
+			t.Fatal(err)
+		}
+		d.ReadAt(want, e.Off)
+		if !bytes.Equal(p, want) {
+			t.Errorf("the grain at %d differs", e.Off)
+		}
+	}
+	if places := []int64{0, 640 * kib, 500 * gib, 1<<40 - 64*kib}; !slices.Equal(got, places) {
+		t.Errorf("grains: got %v, want %v", got, places)
+	}
+}
+
+func TestWriteFails(t *testing.T) {
+	t.Parallel()
+	boom := errors.New("boom")
+	noise := memory{bytes.NewReader(pattern(20 * mib))}
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, tt := range []struct {
+		name string
+		ctx  context.Context
+		path string
+		d    image.Disk
+		want error
+	}{
+		{"full disk", t.Context(), "/dev/full", noise, syscall.ENOSPC},
+		{"source", t.Context(), "/dev/null", broken{noise, boom}, boom},
+		{"cancelled", cancelled, "/dev/null", noise, context.Canceled},
+	} {
+		f, err := os.OpenFile(tt.path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := vmdk.Write(tt.ctx, f, tt.d, image.WriteOptions{}); !errors.Is(err, tt.want) {
+			t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
+		}
+	}
+}
+
+// broken fails to read anything after its first MiB.
+type broken struct {
+	memory
+	err error
+}
+
+func (d broken) ReadAt(p []byte, off int64) (int, error) {
+	if off > mib {
+		return 0, d.err
+	}
+	return d.memory.ReadAt(p, off)
+}
+
+// half is noise and half text, as guests' disks are about.
+func benchmarkData() memory { return memory{bytes.NewReader(pattern(64 * mib))} }
+
+func BenchmarkWrite(b *testing.B) {
+	d := benchmarkData()
+	f, err := os.Create(filepath.Join(b.TempDir(), "disk.vmdk"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	b.SetBytes(d.Size())
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := f.Seek(0, 0); err != nil {
+			b.Fatal(err)
+		}
+		if err := vmdk.Write(b.Context(), f, d, image.WriteOptions{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkRead(b *testing.B) {
+	data := pattern(64 * mib)
+	for _, subformat := range []string{"monolithicSparse", "streamOptimized"} {
+		b.Run(subformat, func(b *testing.B) {
+			folder := b.TempDir()
+			raw := writeFile(b, folder, "disk.raw", data)
+			path := filepath.Join(folder, "disk.vmdk")
+			run(b, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+subformat, raw, path)
+			d := mustOpen(b, path)
+			p := make([]byte, mib)
+			b.SetBytes(d.Size())
+			b.ReportAllocs()
+			for b.Loop() {
+				for off := int64(0); off < d.Size(); off += int64(len(p)) {
+					if err := image.ReadFull(d, p, off); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}
