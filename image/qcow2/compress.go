@@ -9,7 +9,7 @@ import (
 	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 const (
@@ -49,7 +49,7 @@ func (m *Image) cluster(descriptor uint64) ([]byte, error) {
 			return nil, m.corrupt("a compressed cluster at %d, beyond the end of the file (%d)", offset, m.fileSize)
 		}
 		packed := make([]byte, min(length, m.fileSize-offset))
-		if err := image.ReadFull(m.file, packed, offset); err != nil {
+		if err := imgfile.ReadFull(m.file, packed, offset); err != nil {
 			return nil, err
 		}
 		plain := make([]byte, m.clusterSize())

@@ -3,7 +3,7 @@ package qcow2
 import (
 	"math/bits"
 
-	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 // kind says where bytes of the disk come from.
@@ -105,7 +105,7 @@ func (m *Image) table(off int64) ([]byte, error) {
 			return nil, m.corrupt("the L2 table for disk offset %d lies at %d in a file of %d bytes", off, host, m.fileSize)
 		}
 		table := make([]byte, m.clusterSize())
-		return table, image.ReadFull(m.file, table, host)
+		return table, imgfile.ReadFull(m.file, table, host)
 	})
 }
 

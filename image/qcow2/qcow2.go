@@ -42,11 +42,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 const (
@@ -95,8 +95,7 @@ func Open(f *os.File, o image.OpenOptions) (*Image, error) {
 }
 
 func (m *Image) open(o image.OpenOptions) (err error) {
-	// Seeking finds the size of block devices too.
-	if m.fileSize, err = m.file.Seek(0, io.SeekEnd); err != nil {
+	if m.fileSize, err = imgfile.Size(m.file); err != nil {
 		return err
 	}
 	if m.header, err = readHeader(m.file, m.file.Name(), m.fileSize); err != nil {
@@ -106,7 +105,7 @@ func (m *Image) open(o image.OpenOptions) (err error) {
 		return err
 	}
 	m.l1 = make([]byte, 8*m.l1Entries)
-	if err := image.ReadFull(m.file, m.l1, m.l1Offset); err != nil {
+	if err := imgfile.ReadFull(m.file, m.l1, m.l1Offset); err != nil {
 		return fmt.Errorf("read the L1 table of %s: %w", m.name, err)
 	}
 	blocks := max(4, int(cacheBytes/m.clusterSize()))

@@ -2,16 +2,14 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
-	"math"
 	"os"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 // ReadAt implements [io.ReaderAt]. Runs of clusters that are neighbours in the
@@ -41,7 +39,7 @@ func (m *Image) ReadAt(p []byte, off int64) (n int, err error) {
 func (m *Image) readRun(p []byte, r run) error {
 	switch r.kind {
 	case kindData:
-		return image.ReadFull(m.file, p, r.host)
+		return imgfile.ReadFull(m.file, p, r.host)
 	case kindCompressed:
 		plain, err := m.cluster(r.descriptor)
 		if err != nil {
@@ -88,7 +86,7 @@ func (m *Image) runExtents(ctx context.Context, r run) iter.Seq2[image.Extent, e
 	case r.kind == kindBacking:
 		return m.backingExtents(ctx, r)
 	case r.kind == kindData && m.sparse:
-		return m.sparseExtents(r)
+		return m.sparseExtents(ctx, r)
 	default:
 		return func(yield func(image.Extent, error) bool) {
 			yield(image.Extent{Off: r.off, Len: r.len, Zero: r.kind == kindZero}, nil)
@@ -113,35 +111,15 @@ func (m *Image) backingExtents(ctx context.Context, r run) iter.Seq2[image.Exten
 }
 
 // sparseExtents tells the holes of the file from its data in a run of data.
-func (m *Image) sparseExtents(r run) iter.Seq2[image.Extent, error] {
+func (m *Image) sparseExtents(ctx context.Context, r run) iter.Seq2[image.Extent, error] {
 	return func(yield func(image.Extent, error) bool) {
-		for r.len > 0 {
-			hole, end, err := holeOrData(m.file, r.host)
-			if err != nil {
-				yield(image.Extent{}, fmt.Errorf("find the holes of %s: %w", m.name, err))
+		for e, err := range imgfile.Extents(ctx, m.file, r.host, r.len) {
+			e.Off += r.off - r.host
+			if !yield(e, err) || err != nil {
 				return
 			}
-			n := min(end-r.host, r.len)
-			if !yield(image.Extent{Off: r.off, Len: n, Zero: hole}, nil) {
-				return
-			}
-			r.off, r.host, r.len = r.off+n, r.host+n, r.len-n
 		}
 	}
-}
-
-// holeOrData reports whether the file has a hole at off, and where that hole
-// or the data there ends.
-func holeOrData(f *os.File, off int64) (hole bool, end int64, err error) {
-	end, err = f.Seek(off, unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) { // no more data
-		return true, math.MaxInt64, nil
-	}
-	if err != nil || end > off {
-		return true, end, err
-	}
-	end, err = f.Seek(off, unix.SEEK_HOLE)
-	return false, end, err
 }
 
 // isSparse reports whether a file has so many holes that its clusters must have been
@@ -151,13 +129,14 @@ func holeOrData(f *os.File, off int64) (hole bool, end int64, err error) {
 //
 // Source: QEMU block/qcow2-refcount.c, qcow2_detect_metadata_preallocation.
 func isSparse(f *os.File, fileSize, clusterSize int64) (bool, error) {
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
-		return false, fmt.Errorf("stat %s: %w", f.Name(), err)
+	info, err := f.Stat()
+	if err != nil {
+		return false, err
 	}
-	if _, err := f.Seek(0, unix.SEEK_DATA); err != nil {
-		return false, nil // a block device, or a file system that cannot tell
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || !info.Mode().IsRegular() {
+		return false, nil
 	}
 	written := stat.Blocks * 512
-	return stat.Mode&unix.S_IFMT == unix.S_IFREG && fileSize >= max(written/9*10, written+2*clusterSize), nil
+	return fileSize >= max(written/9*10, written+2*clusterSize), nil
 }
