@@ -19,6 +19,8 @@ const (
 	maxRead = 1 << 20
 	// blockSize is st_blksize, the size of reads that suits disks, in bytes.
 	blockSize = 128 << 10
+	// holeBlock is the size of the blocks that holes consist of, in bytes.
+	holeBlock = 4096
 	// openFlags let the kernel keep what it read when a file is opened again, and
 	// close files without telling us twice.
 	openFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH
@@ -207,8 +209,9 @@ func (h *handle) Read(ctx context.Context, dest []byte, off int64) (fuse.ReadRes
 }
 
 // Lseek implements [fs.FileLseeker] for SEEK_DATA and SEEK_HOLE, the only ones
-// that the kernel passes on. The end of the disk counts as a hole.
-// Source: lseek(2).
+// that the kernel passes on. The end of the disk counts as a hole. As in other
+// file systems holes consist of whole blocks: QEMU loses data next to holes that start or end inside
+// a sector. Source: lseek(2).
 func (h *handle) Lseek(ctx context.Context, off uint64, whence uint32) (uint64, syscall.Errno) {
 	size := h.file.info.Size
 	if off >= uint64(size) {
@@ -217,13 +220,24 @@ func (h *handle) Lseek(ctx context.Context, off uint64, whence uint32) (uint64, 
 	if whence != unix.SEEK_DATA && whence != unix.SEEK_HOLE {
 		return 0, syscall.EINVAL
 	}
-	for e, err := range h.disk.disk.Extents(ctx, int64(off), size-int64(off)) {
+	from := int64(off)
+	start := from - from%holeBlock
+	for e, err := range image.Coalesce(h.disk.disk.Extents(ctx, start, size-start)) {
 		if err != nil {
 			return 0, h.file.tree.failed(ctx, err, "reading the extents of a disk failed",
 				append(h.file.logAttrs(), slog.Uint64("offset", off))...)
 		}
-		if e.Zero == (whence == unix.SEEK_HOLE) {
-			return uint64(e.Off), 0
+		switch {
+		case whence == unix.SEEK_DATA && !e.Zero:
+			return uint64(max(from, e.Off-e.Off%holeBlock)), 0
+		case whence == unix.SEEK_HOLE && e.Zero:
+			first, end := (e.Off+holeBlock-1)/holeBlock*holeBlock, e.End()
+			if end < size {
+				end -= end % holeBlock
+			}
+			if first < end {
+				return uint64(max(from, first)), 0
+			}
 		}
 	}
 	if whence == unix.SEEK_DATA {

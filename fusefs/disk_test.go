@@ -132,13 +132,20 @@ func TestSeekDataAndHole(t *testing.T) {
 		"full":    newDisk(mib, 0, mib),
 		"no size": newDisk(0),
 		"tail":    newDisk(mib+1, mib, mib+1),
+		"odd":     newDisk(mib+700, 4000, 4200, 10000, 10001, 4096*5-1, 4096*5+1, mib+600, mib+650),
 	} {
 		m, _ := mount(t, oneDisk(disk))
 		f := open(t, filepath.Join(m.Dir(), diskPath))
 		var got, want [][2]int64
 		for _, e := range disk.extents {
-			if !e.Zero {
-				want = append(want, [2]int64{e.Off, e.End()})
+			if e.Zero {
+				continue
+			}
+			from, to := e.Off&^4095, min((e.End()+4095)&^4095, disk.Size()) // data fills whole blocks
+			if n := len(want); n > 0 && from <= want[n-1][1] {
+				want[n-1][1] = to
+			} else {
+				want = append(want, [2]int64{from, to})
 			}
 		}
 		for off := int64(0); ; {
@@ -155,6 +162,24 @@ func TestSeekDataAndHole(t *testing.T) {
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: got data at %v, want %v", name, got, want)
+		}
+		// From anywhere the answer is what the list of data says.
+		for off := int64(0); off < disk.Size(); off += 1 + disk.Size()/97 {
+			data, hole := int64(-1), off
+			for _, d := range slices.Backward(got) {
+				if off < d[1] {
+					data = max(off, d[0])
+				}
+				if d[0] <= off && off < d[1] {
+					hole = d[1]
+				}
+			}
+			if got, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA); got != data || (err != nil && err != unix.ENXIO) {
+				t.Errorf("%s: SEEK_DATA from %d: got %d, %v, want %d", name, off, got, err, data)
+			}
+			if got, err := unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE); got != hole || err != nil {
+				t.Errorf("%s: SEEK_HOLE from %d: got %d, %v, want %d", name, off, got, err, hole)
+			}
 		}
 		for _, whence := range []int{unix.SEEK_DATA, unix.SEEK_HOLE} {
 			if _, err := unix.Seek(int(f.Fd()), disk.Size(), whence); err != unix.ENXIO {
@@ -296,7 +321,7 @@ func TestWrongSize(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(m.Dir(), diskPath)); err != nil {
 		t.Fatal(err)
 	}
-	disk.data = disk.data[:mib-512]
+	disk.set(func() { disk.data = disk.data[:mib-512] })
 	if _, err := os.Open(filepath.Join(m.Dir(), diskPath)); !errors.Is(err, syscall.EIO) || !strings.Contains(log.String(), "1048064 bytes") {
 		t.Errorf("got %v and log %s, want EIO and the sizes", err, log)
 	}
@@ -308,12 +333,21 @@ func TestWrongSize(t *testing.T) {
 // A process that waits for a hanging disk can be killed, and then the mount unmounted.
 func TestInterrupt(t *testing.T) {
 	t.Parallel()
+	for name, flag := range map[string]string{"buffered": "fullblock", "direct": "direct"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testInterrupt(t, flag)
+		})
+	}
+}
+
+func testInterrupt(t *testing.T, flag string) {
 	disk := newDisk(mib, 0, mib)
 	disk.hang = make(chan struct{})
 	m, log := mount(t, oneDisk(disk))
 	release := sync.OnceFunc(func() { close(disk.hang) })
 	defer release()
-	dd := exec.Command("dd", "if="+filepath.Join(m.Dir(), diskPath), "of=/dev/null", "bs=4096", "count=1", "iflag=direct")
+	dd := exec.Command("dd", "if="+filepath.Join(m.Dir(), diskPath), "of=/dev/null", "bs=4096", "count=1", "iflag="+flag)
 	if err := dd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -95,6 +95,7 @@ func newTree(src Source, o Options) *tree {
 }
 
 func fuseOptions(o Options) *fs.Options {
+	// CAP_ASYNC_DIO stays off: with it a process that waits for a direct read cannot be killed.
 	log := slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn)
 	opts := &fs.Options{
 		MountOptions: fuse.MountOptions{
@@ -104,11 +105,9 @@ func fuseOptions(o Options) *fs.Options {
 			Options:       []string{"default_permissions"}, // the kernel checks modes
 			MaxWrite:      maxRead,                         // bounds reads too
 			MaxBackground: maxBackground,
-			// Without it the asynchronous direct reads of QEMU and fio wait for each other.
-			ExtraCapabilities: fuse.CAP_ASYNC_DIO,
-			DisableXAttrs:     true,
-			DisableSplice:     true, // our bytes are in memory; splicing serves files
-			Logger:            log,
+			DisableXAttrs: true,
+			DisableSplice: true, // our bytes are in memory; splicing serves files
+			Logger:        log,
 		},
 		FirstAutomaticIno: fuse.FUSE_ROOT_ID + 1,
 		RootStableAttr:    &fs.StableAttr{Ino: fuse.FUSE_ROOT_ID},
@@ -173,8 +172,8 @@ func isDead(m mountEntry) bool {
 	if m.fsType != fsType {
 		return false
 	}
-	var st unix.Stat_t
-	return errors.Is(unix.Stat(m.dir, &st), unix.ENOTCONN)
+	var st unix.Statfs_t // unlike attributes, the kernel always asks for it
+	return errors.Is(unix.Statfs(m.dir, &st), unix.ENOTCONN)
 }
 
 // mountError says what to do about a failed mount.
@@ -256,7 +255,10 @@ func unmount(ctx context.Context, dir, device string) error {
 		case device != "" && m.device != device:
 			return fmt.Errorf("%w: another mount took the place of this one at %s", ErrNotMounted, dir)
 		}
-		err = detach(ctx, dir, isDead(m))
+		err = detach(ctx, dir, false)
+		if errors.Is(err, unix.EBUSY) && isDead(m) {
+			err = detach(ctx, dir, true) // the files that are open in it fail already
+		}
 		if err == nil {
 			return nil
 		}
@@ -280,8 +282,8 @@ func busyError(ctx context.Context, dir string) error {
 		ErrBusy, dir, by, dir, context.Cause(ctx))
 }
 
-// detach unmounts what is topmost at dir; lazily if nobody serves it any more. An error for a mount in use
-// is [unix.EBUSY].
+// detach unmounts what is topmost at dir; if lazy, even while it is in use.
+// Otherwise the error for a mount in use is [unix.EBUSY].
 func detach(ctx context.Context, dir string, lazy bool) error {
 	if os.Geteuid() == 0 {
 		flags := unix.UMOUNT_NOFOLLOW

@@ -67,7 +67,11 @@ func (d *memDisk) dataBytes() (n int64) {
 	return n
 }
 
-func (d *memDisk) Size() int64 { return int64(len(d.data)) }
+func (d *memDisk) Size() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return int64(len(d.data))
+}
 
 func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
 	d.mu.Lock()
