@@ -1,0 +1,400 @@
+package blockstore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+)
+
+// CollectOptions say how much a collection does. The zero value gives back
+// every byte that no point needs.
+type CollectOptions struct {
+	// DryRun only tells what would be freed.
+	DryRun bool
+	// MaxUnused is the share of dead bytes, 0 to 1, that a segment may
+	// keep. Taking a dead record out of a segment copies the live ones.
+	MaxUnused float64
+	// Progress, if set, hears of segments looked at, and how many there are.
+	Progress func(done, total int)
+}
+
+// CollectResult tells what a collection found and did.
+type CollectResult struct {
+	LiveChunks int64 `json:"live_chunks"` // records that points need, map nodes included
+	DeadChunks int64 `json:"dead_chunks"` // records that nobody needs
+	DeadBytes  int64 `json:"dead_bytes"`  // what those take
+	FreedBytes int64 `json:"freed_bytes"` // given back to the file system
+}
+
+// Small segments are put together once there are smallCount of them that are
+// below 1/smallShare of the size at which a segment is sealed.
+const (
+	smallShare = 8
+	smallCount = 16
+)
+
+// ErrCollecting means that a collection is running already.
+var ErrCollecting = errors.New("a collection is running already")
+
+// Collect gives back the space of chunks that no point, no open disk and no
+// running session needs: it marks what is needed, copies it out of the
+// segments that hold much else, and removes those. Everything else may run
+// meanwhile. It may be stopped at any moment.
+func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResult, error) {
+	if !r.maintenance.TryLock() {
+		return CollectResult{}, ErrCollecting
+	}
+	defer r.maintenance.Unlock()
+	r.collecting.Store(true)
+	defer r.collecting.Store(false)
+	if bad := r.DamagedPoints(); len(bad) > 0 {
+		return CollectResult{}, fmt.Errorf("point %s cannot be read (%w), so nobody knows which chunks it needs; nothing was collected; bring its file back, or delete the point",
+			bad[0].ID, bad[0].Err)
+	}
+	if err := r.appender.finish(); err != nil {
+		return CollectResult{}, err
+	}
+	c := &collection{r: r, o: o, live: marks{}}
+	candidates := r.segments.sealedSegments()
+	roots := c.begin()
+	defer c.end()
+	for _, root := range roots {
+		if err := c.mark(ctx, r.tree(root)); err != nil {
+			return CollectResult{}, fmt.Errorf("collect: %w", err)
+		}
+	}
+	err := c.sweep(ctx, candidates)
+	return c.result, err
+}
+
+// collection is one run of Collect.
+type collection struct {
+	r      *Repository
+	o      CollectOptions
+	live   marks // of this goroutine
+	result CollectResult
+}
+
+// begin returns the maps that are needed. From here on the marks of sessions
+// that end are kept, too. A map that a session takes as its base later was
+// listed or pinned now, or made by a session that runs now.
+func (c *collection) begin() []Map {
+	r := c.r
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.segments.mu.Lock()
+	r.segments.live = marks{}
+	r.segments.mu.Unlock()
+	var roots []Map
+	for _, p := range r.points {
+		for _, d := range p.Disks {
+			roots = append(roots, d.Map)
+		}
+	}
+	for m := range r.pins {
+		roots = append(roots, m)
+	}
+	return roots
+}
+
+func (c *collection) end() {
+	c.r.segments.mu.Lock()
+	defer c.r.segments.mu.Unlock()
+	c.r.segments.live = nil
+}
+
+// mark marks a subtree. A node that is marked was walked before.
+func (c *collection) mark(ctx context.Context, t tree) error {
+	if t.id.IsNull() {
+		return nil
+	}
+	loc, ok, err := c.r.locate(t.id)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		if t.level > 0 {
+			return &CorruptError{ID: t.id, Err: errors.New("this map node is in no segment; verify tells which points need it: delete them first")}
+		}
+		return nil // a chunk that is lost; verify tells of it
+	}
+	if !c.live.set(loc) || t.level == 0 {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	n, err := c.r.node(t.id)
+	if err != nil {
+		return fmt.Errorf("a map node cannot be read, so nobody knows which chunks it needs; nothing was collected; verify tells which points need it: delete them first: %w", err)
+	}
+	for i := range Fanout {
+		if err := c.mark(ctx, t.child(n, i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// locate returns where a chunk is if its location counts, looking through all
+// segments if the index does not have it.
+func (r *Repository) locate(id ID) (location, bool, error) {
+	loc, ok, err := r.find(id)
+	if err != nil || ok && r.segments.holds(loc) {
+		return loc, ok, err
+	}
+	if _, err := r.reindexOnce(); err != nil {
+		return location{}, false, err
+	}
+	loc, ok, err = r.find(id)
+	return loc, ok && r.segments.holds(loc), err
+}
+
+// needed reports whether a record may be referenced. segmentSet.mu is held.
+func (c *collection) neededLocked(segment uint64, ordinal uint32) bool {
+	set := c.r.segments
+	if c.live.has(segment, ordinal) || set.live.has(segment, ordinal) {
+		return true
+	}
+	for s := range set.sessions {
+		if s.marks.has(segment, ordinal) {
+			return true
+		}
+	}
+	return false
+}
+
+// candidate is a segment and what of it was dead when it was first looked at.
+type candidate struct {
+	seg       *segment
+	deadBytes int64
+	worth     bool
+}
+
+// sweep removes or rewrites the segments that are worth it, the deadest first: on a full
+// disk they give the space to rewrite the others.
+func (c *collection) sweep(ctx context.Context, segments []*segment) error {
+	var todo []candidate
+	small := 0
+	for _, seg := range segments {
+		if seg.summary.Size < c.r.segmentSize/smallShare {
+			small++
+		}
+	}
+	for _, seg := range segments {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		entries, err := c.r.entries(seg)
+		if err != nil {
+			return err
+		}
+		cand := candidate{seg: seg}
+		total, dead := c.count(seg, entries)
+		cand.deadBytes = dead
+		cand.worth = dead > 0 && float64(dead) >= c.o.MaxUnused*float64(total) ||
+			small >= smallCount && seg.summary.Size < c.r.segmentSize/smallShare
+		todo = append(todo, cand)
+	}
+	slices.SortStableFunc(todo, func(a, b candidate) int {
+		return cmp.Compare(float64(b.deadBytes)/float64(b.seg.summary.Size), float64(a.deadBytes)/float64(a.seg.summary.Size))
+	})
+	for i, cand := range todo {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if cand.worth && !c.o.DryRun {
+			if err := c.rewrite(ctx, cand.seg); err != nil {
+				return fmt.Errorf("collect segment %s: %w", cand.seg.path, err)
+			}
+		}
+		if c.o.Progress != nil {
+			c.o.Progress(i+1, len(todo))
+		}
+	}
+	return c.r.appender.finish()
+}
+
+// count adds a segment's records to the result and returns the bytes of all
+// and of the dead ones.
+func (c *collection) count(seg *segment, entries []tocEntry) (total, dead int64) {
+	c.r.segments.mu.Lock()
+	defer c.r.segments.mu.Unlock()
+	for i, e := range entries {
+		total += e.size()
+		if c.neededLocked(seg.number, uint32(i)) {
+			c.result.LiveChunks++
+			continue
+		}
+		c.result.DeadChunks++
+		dead += e.size()
+	}
+	c.result.DeadBytes += dead
+	return total, dead
+}
+
+// rewrite copies what is needed out of a segment and removes it.
+func (c *collection) rewrite(ctx context.Context, seg *segment) error {
+	entries, err := c.r.entries(seg)
+	if err != nil {
+		return err
+	}
+	// From the moment that it is condemned, nobody comes to rest on a record of
+	// this segment, so what is dead now stays dead.
+	needed := make([]bool, len(entries))
+	set := c.r.segments
+	set.mu.Lock()
+	seg.condemned = true
+	for i := range entries {
+		needed[i] = c.neededLocked(seg.number, uint32(i))
+	}
+	set.mu.Unlock()
+	copied, err := c.copyOut(ctx, seg, entries, needed)
+	if err != nil {
+		set.mu.Lock()
+		seg.condemned = false
+		set.mu.Unlock()
+		if errors.Is(err, ErrDamaged) {
+			// What is needed and can't be read stays where it is, for a repair.
+			c.r.log.Error("segment is damaged and was left as it is", attrSegment(seg), attrErr(err))
+			return nil
+		}
+		return err
+	}
+	if err := c.forget(seg, entries, needed); err != nil {
+		return err
+	}
+	// All that is needed is durable elsewhere and in the index. Stopped here, the
+	// next collection finds the segment dead.
+	set.drop(seg)
+	if err := c.r.fs.Remove(seg.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := c.r.fs.SyncDir(set.dir); err != nil {
+		return err
+	}
+	c.result.FreedBytes += seg.summary.Size - copied
+	c.r.log.Debug("collected a segment", attrSegment(seg), slog.Int64("freed_bytes", seg.summary.Size-copied))
+	return nil
+}
+
+// copyOut stores the needed records of a segment elsewhere, durably, and returns
+// how many bytes they take there.
+func (c *collection) copyOut(ctx context.Context, seg *segment, entries []tocEntry, needed []bool) (copied int64, err error) {
+	epoch := c.r.appender.begin()
+	opened, err := c.r.segments.acquire(location{Segment: seg.number, Generation: seg.generation})
+	if err != nil {
+		return 0, err
+	}
+	defer c.r.segments.release(opened)
+	var buf []byte
+	for i, e := range entries {
+		if !needed[i] {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return copied, err
+		}
+		if cap(buf) < int(e.size()) {
+			buf = make([]byte, e.size())
+		}
+		loc := location{Segment: seg.number, Generation: seg.generation, Off: e.Off, Stored: e.Stored, Ordinal: uint32(i)}
+		moved, err := c.move(opened, e, loc, buf)
+		if err != nil {
+			return copied, err
+		}
+		copied += moved
+	}
+	if copied > 0 {
+		if err := c.r.appender.flush(); err != nil {
+			return copied, err
+		}
+	}
+	return copied, c.r.appender.check(epoch)
+}
+
+// move copies one record, unless the chunk has been stored anew since.
+func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (int64, error) {
+	for {
+		cl, mine := c.r.claims.take(e.ID)
+		if !mine {
+			<-cl.ready
+			if cl.found {
+				c.r.segments.moved(from, cl.loc)
+				return 0, nil
+			}
+			continue
+		}
+		at, ok, err := c.r.index.get(e.ID)
+		if err != nil || ok && at != from && c.r.segments.holds(at) {
+			c.r.claims.drop(e.ID, cl)
+			if err == nil {
+				c.r.segments.moved(from, at)
+			}
+			return 0, err
+		}
+		h, payload, err := seg.record(buf, e.ID, e.Off, e.Stored)
+		if err != nil {
+			c.r.claims.drop(e.ID, cl)
+			return 0, &CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err}
+		}
+		to, err := c.r.appender.append(e.ID, h.Type, h.Codec, int(h.Raw), payload)
+		if err != nil {
+			c.r.claims.drop(e.ID, cl)
+			return 0, err
+		}
+		c.r.segments.moved(from, to)
+		c.r.claims.stored(e.ID, cl, to)
+		return recordHeaderSize + int64(to.Stored), nil
+	}
+}
+
+// moved passes what sessions hold of a record on to its new place.
+func (s *segmentSet) moved(from, to location) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for session := range s.sessions {
+		if session.marks.has(from.Segment, from.Ordinal) {
+			session.marks.set(to)
+		}
+	}
+}
+
+// forget takes a segment and its dead records out of the index. A chunk that
+// is being stored anew at this moment keeps its claim and so its entry.
+func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) error {
+	held := map[ID]*claim{}
+	defer func() {
+		for id, cl := range held {
+			c.r.claims.drop(id, cl)
+		}
+	}()
+	return c.r.index.write(func(w indexWrite) error {
+		for i, e := range entries {
+			if needed[i] || held[e.ID] != nil {
+				continue
+			}
+			cl, mine := c.r.claims.take(e.ID)
+			if !mine {
+				continue
+			}
+			held[e.ID] = cl
+			at, ok, err := c.r.index.get(e.ID)
+			if err != nil {
+				return err
+			}
+			if !ok || at.Segment != seg.number || at.Generation != seg.generation {
+				continue
+			}
+			if err := w.remove(e.ID); err != nil {
+				return err
+			}
+			c.r.cache.drop(e.ID)
+		}
+		return w.removeSummary(seg.number)
+	})
+}

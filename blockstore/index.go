@@ -1,0 +1,263 @@
+package blockstore
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+)
+
+// location is where a chunk's record is.
+type location struct {
+	Segment    uint64
+	Generation uint64 // of the segment; the location counts only if it matches
+	Off        uint32 // of the record in the segment
+	Stored     uint32 // length of the payload
+	Ordinal    uint32 // of the record in the segment, from 0
+}
+
+const locationSize = 28
+
+func (l location) encode() []byte {
+	b := make([]byte, 0, locationSize)
+	b = binary.LittleEndian.AppendUint64(b, l.Segment)
+	b = binary.LittleEndian.AppendUint64(b, l.Generation)
+	b = binary.LittleEndian.AppendUint32(b, l.Off)
+	b = binary.LittleEndian.AppendUint32(b, l.Stored)
+	return binary.LittleEndian.AppendUint32(b, l.Ordinal)
+}
+
+func decodeLocation(b []byte) (location, error) {
+	if len(b) != locationSize {
+		return location{}, fmt.Errorf("index entry of %d bytes, want %d", len(b), locationSize)
+	}
+	return location{
+		Segment:    binary.LittleEndian.Uint64(b),
+		Generation: binary.LittleEndian.Uint64(b[8:]),
+		Off:        binary.LittleEndian.Uint32(b[16:]),
+		Stored:     binary.LittleEndian.Uint32(b[20:]),
+		Ordinal:    binary.LittleEndian.Uint32(b[24:]),
+	}, nil
+}
+
+// summary is what the index remembers of a sealed segment, so that opening a
+// repository reads no segments.
+type summary struct {
+	Generation  uint64
+	Size        int64 // of the file, bytes
+	Records     uint32
+	Chunks      uint32 // records that are chunks, not map nodes
+	ChunkBytes  int64  // plain bytes of those
+	VerifiedSec int64  // Unix time when it was last read and checked whole; 0 never
+}
+
+const summarySize = 40
+
+func (s summary) encode() []byte {
+	b := make([]byte, 0, summarySize)
+	b = binary.LittleEndian.AppendUint64(b, s.Generation)
+	b = binary.LittleEndian.AppendUint64(b, uint64(s.Size))
+	b = binary.LittleEndian.AppendUint32(b, s.Records)
+	b = binary.LittleEndian.AppendUint32(b, s.Chunks)
+	b = binary.LittleEndian.AppendUint64(b, uint64(s.ChunkBytes))
+	return binary.LittleEndian.AppendUint64(b, uint64(s.VerifiedSec))
+}
+
+func decodeSummary(b []byte) (summary, error) {
+	if len(b) != summarySize {
+		return summary{}, fmt.Errorf("segment summary of %d bytes, want %d", len(b), summarySize)
+	}
+	return summary{
+		Generation:  binary.LittleEndian.Uint64(b),
+		Size:        int64(binary.LittleEndian.Uint64(b[8:])),
+		Records:     binary.LittleEndian.Uint32(b[16:]),
+		Chunks:      binary.LittleEndian.Uint32(b[20:]),
+		ChunkBytes:  int64(binary.LittleEndian.Uint64(b[24:])),
+		VerifiedSec: int64(binary.LittleEndian.Uint64(b[32:])),
+	}, nil
+}
+
+// Keys of the index. An id is a key as it is; the others begin with a word and
+// are told apart by their length.
+const (
+	segmentPrefix = "segment:" // and the segment's number, big-endian: a summary
+	damagedPrefix = "damaged:" // and an id: a chunk whose record is known to be bad
+)
+
+func segmentKey(number uint64) []byte {
+	return binary.BigEndian.AppendUint64([]byte(segmentPrefix), number)
+}
+
+func damagedKey(id ID) []byte { return append([]byte(damagedPrefix), id[:]...) }
+
+// indexMemory is the size of BadgerDB's table in memory, bytes; up to three of
+// them exist. It holds about half a million chunks between two flushes.
+const indexMemory = 64 << 20
+
+// index is the map from chunk ids to locations: a cache of the segments.
+// BadgerDB makes it safe for concurrent use.
+type index struct{ db *badger.DB }
+
+func openIndex(dir string, log *slog.Logger) (*index, error) {
+	// Everything stays in the LSM tree: the values are far below the threshold for
+	// the value log. Writes are synced by sync, after the segment they speak
+	// of. Checksums are not verified unless asked for.
+	o := badger.DefaultOptions(dir).
+		WithLogger(badgerLog{log}).
+		WithSyncWrites(false).
+		WithDetectConflicts(false).
+		WithNumVersionsToKeep(1).
+		WithCompression(options.None).
+		WithBlockCacheSize(0).
+		WithChecksumVerificationMode(options.OnTableAndBlockRead).
+		WithMemTableSize(indexMemory).
+		WithNumMemtables(2).
+		WithNumCompactors(2).
+		WithValueLogFileSize(1 << 20).
+		WithMetricsEnabled(false)
+	db, err := badger.Open(o)
+	if err != nil {
+		return nil, fmt.Errorf("open index %s (it can be made anew: repo rebuild-index): %w", dir, err)
+	}
+	return &index{db}, nil
+}
+
+func (x *index) close() error { return x.db.Close() }
+
+// get returns the location of id and whether there is one.
+func (x *index) get(id ID) (loc location, ok bool, err error) {
+	err = x.db.View(func(txn *badger.Txn) error {
+		item, err := txn.Get(id[:])
+		if errors.Is(err, badger.ErrKeyNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return item.Value(func(v []byte) error {
+			loc, err = decodeLocation(v)
+			ok = err == nil
+			return err
+		})
+	})
+	if err != nil {
+		return location{}, false, fmt.Errorf("index: %w", err)
+	}
+	return loc, ok, nil
+}
+
+// entry is one id and its new location.
+type entry struct {
+	id  ID
+	loc location
+}
+
+// indexWrite is a batch of changes. None of it is durable before sync.
+type indexWrite struct{ b *badger.WriteBatch }
+
+// write collects changes with fill and applies them.
+func (x *index) write(fill func(w indexWrite) error) error {
+	b := x.db.NewWriteBatch()
+	defer b.Cancel()
+	if err := fill(indexWrite{b}); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	if err := b.Flush(); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	return nil
+}
+
+// put enters locations; it sorts entries.
+func (w indexWrite) put(entries []entry) error {
+	slices.SortFunc(entries, func(a, b entry) int { return strings.Compare(string(a.id[:]), string(b.id[:])) })
+	for i := range entries {
+		if err := w.b.Set(entries[i].id[:], entries[i].loc.encode()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w indexWrite) remove(id ID) error           { return w.b.Delete(slices.Clone(id[:])) }
+func (w indexWrite) clearDamaged(id ID) error     { return w.b.Delete(damagedKey(id)) }
+func (w indexWrite) setDamaged(id ID) error       { return w.b.Set(damagedKey(id), nil) }
+func (w indexWrite) removeSummary(n uint64) error { return w.b.Delete(segmentKey(n)) }
+func (w indexWrite) putSummary(n uint64, s summary) error {
+	return w.b.Set(segmentKey(n), s.encode())
+}
+
+// sync makes everything written so far durable, but for what a table in memory
+// that is just being flushed holds: after a loss of power that may be missing, and is
+// entered again when it is missed (see Repository.reindex).
+func (x *index) sync() error {
+	if err := x.db.Sync(); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	return nil
+}
+
+// summaries returns what is known of sealed segments, by number.
+func (x *index) summaries() (map[uint64]summary, error) {
+	out := map[uint64]summary{}
+	err := x.scan(segmentPrefix, len(segmentPrefix)+8, func(key, value []byte) error {
+		s, err := decodeSummary(value)
+		if err != nil {
+			return err
+		}
+		out[binary.BigEndian.Uint64(key[len(segmentPrefix):])] = s
+		return nil
+	})
+	return out, err
+}
+
+// damaged returns the chunks that are known to be bad.
+func (x *index) damaged() (map[ID]struct{}, error) {
+	out := map[ID]struct{}{}
+	err := x.scan(damagedPrefix, len(damagedPrefix)+IDSize, func(key, _ []byte) error {
+		out[ID(key[len(damagedPrefix):])] = struct{}{}
+		return nil
+	})
+	return out, err
+}
+
+// scan calls fn for every key with a prefix and a length.
+func (x *index) scan(prefix string, length int, fn func(key, value []byte) error) error {
+	err := x.db.View(func(txn *badger.Txn) error {
+		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix), PrefetchValues: false})
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			item := it.Item()
+			if len(item.Key()) != length {
+				continue
+			}
+			if err := item.Value(func(v []byte) error { return fn(item.Key(), v) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	return nil
+}
+
+// badgerLog passes on what BadgerDB has to warn of.
+type badgerLog struct{ log *slog.Logger }
+
+func (l badgerLog) Errorf(format string, args ...any) {
+	l.log.Error("index", slog.String("badger", strings.TrimSpace(fmt.Sprintf(format, args...))))
+}
+
+func (l badgerLog) Warningf(format string, args ...any) {
+	l.log.Warn("index", slog.String("badger", strings.TrimSpace(fmt.Sprintf(format, args...))))
+}
+
+func (badgerLog) Infof(string, ...any)  {}
+func (badgerLog) Debugf(string, ...any) {}

@@ -1,0 +1,572 @@
+package blockstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+// Names in a repository's folder.
+const (
+	configFile  = "repository.json"
+	lockFile    = "lock"
+	segmentsDir = "segments"
+	pointsDir   = "points"
+	indexDir    = "index"
+)
+
+// DefaultChunkSize is the chunk size that a repository gets unless told
+// otherwise, bytes.
+const DefaultChunkSize = 64 << 10
+
+// MinChunkSize and MaxChunkSize bound the chunk size, bytes.
+const (
+	MinChunkSize = 16 << 10
+	MaxChunkSize = maxChunkSize
+)
+
+// defaultCacheSize is the memory for decoded chunks and map nodes, bytes.
+const defaultCacheSize = 128 << 20
+
+// CreateOptions are the choices made once for a repository.
+type CreateOptions struct {
+	// ChunkSize is a power of two from MinChunkSize to MaxChunkSize, bytes; 0 is
+	// DefaultChunkSize.
+	ChunkSize int
+	// Passphrase and Recipients (in age's notation) encrypt the repository, if
+	// either is given. Any one of them opens it.
+	Passphrase string
+	Recipients []string
+}
+
+// Options are the choices made at each opening.
+type Options struct {
+	// Passphrase and Identities open an encrypted repository.
+	Passphrase string
+	Identities []age.Identity
+	// Log hears of what was recovered and what is damaged. Nil discards it.
+	Log *slog.Logger
+	// SegmentSize is the length at which segments are sealed, bytes, up to
+	// 1 GiB; 0 is DefaultSegmentSize.
+	SegmentSize int64
+	// CacheSize bounds the memory for decoded chunks, bytes; 0 is 128 MiB.
+	CacheSize int64
+}
+
+func (o Options) withDefaults() (Options, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.SegmentSize == 0 {
+		o.SegmentSize = DefaultSegmentSize
+	}
+	if o.CacheSize == 0 {
+		o.CacheSize = defaultCacheSize
+	}
+	if o.SegmentSize < segmentHeaderSize || o.SegmentSize > maxSegmentSize-2*maxPayload-maxTOCSize {
+		return o, fmt.Errorf("segment size %d is not supported", o.SegmentSize)
+	}
+	return o, nil
+}
+
+// config is repository.json.
+type config struct {
+	Format    int          `json:"format"`
+	ID        string       `json:"id"` // 32 hexadecimal digits
+	ChunkSize int          `json:"chunk_size"`
+	Hash      string       `json:"hash"`
+	Created   time.Time    `json:"created"`
+	Keys      []wrappedKey `json:"keys,omitempty"`
+	// MAC authenticates the fields above but Keys; encrypted repositories only.
+	MAC []byte `json:"mac,omitempty"`
+}
+
+const hashName = "blake3"
+
+// authenticated returns the bytes that MAC covers.
+func (c config) authenticated() []byte {
+	return fmt.Appendf(nil, "%d\n%s\n%d\n%s\n%s\n", c.Format, c.ID, c.ChunkSize, c.Hash, c.Created.UTC().Format(time.RFC3339Nano))
+}
+
+func checkChunkSize(n int) error {
+	if n < MinChunkSize || n > MaxChunkSize || bits.OnesCount(uint(n)) != 1 {
+		return fmt.Errorf("chunk size %d: want a power of two from %d to %d bytes", n, MinChunkSize, MaxChunkSize)
+	}
+	return nil
+}
+
+// Create makes a repository in dir, which is created if need be and must not hold
+// one already. It is durable when Create returns nil.
+func Create(dir string, o CreateOptions) error {
+	fsys := durable.OS()
+	if o.ChunkSize == 0 {
+		o.ChunkSize = DefaultChunkSize
+	}
+	if err := checkChunkSize(o.ChunkSize); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	unlock, err := lock(dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	path := filepath.Join(dir, configFile)
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("%s: %w", dir, ErrExists)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // crypto/rand never fails
+	c := config{
+		Format: formatVersion, ID: hex.EncodeToString(id[:]), ChunkSize: o.ChunkSize,
+		Hash: hashName, Created: time.Now().UTC().Truncate(time.Second),
+	}
+	if o.Passphrase != "" || len(o.Recipients) > 0 {
+		k := newKeys()
+		if c.Keys, err = k.wrap(o.Passphrase, o.Recipients); err != nil {
+			return err
+		}
+		c.MAC = k.authenticate(contextConfig, c.authenticated())
+	}
+	for _, name := range []string{segmentsDir, pointsDir} {
+		if err := fsys.Mkdir(filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	data, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return err
+	}
+	// The repository exists from the moment that this file does.
+	if err := durable.WriteFile(fsys, path, append(data, '\n')); err != nil {
+		return err
+	}
+	return fsys.SyncDir(filepath.Dir(filepath.Clean(dir)))
+}
+
+// Repository is an open repository. It is safe for concurrent use.
+type Repository struct {
+	dir         string
+	fs          durable.FS
+	log         *slog.Logger
+	chunkSize   int
+	segmentSize int64
+	created     time.Time
+	id          string
+
+	keys     *keys // nil if not encrypted
+	chunkIDs *hasher
+	nodeIDs  *hasher
+	coder    *coder
+	index    *index
+	segments *segmentSet
+	appender *appender
+	claims   *claims
+	cache    *cache
+	buffers  sync.Pool // of *[]byte, for records
+	unlock   func()
+
+	maintenance sync.Mutex  // held by a collection
+	collecting  atomic.Bool // while one runs
+	reindexing  sync.Mutex
+	reindexed   bool // guarded by reindexing: the segments were all entered again
+
+	mu            sync.Mutex // guards the fields below; taken before segmentSet.mu
+	points        map[PointID]Point
+	damagedPoints map[PointID]error
+	pins          map[Map]int     // maps that readers or sessions rest on
+	damaged       map[ID]struct{} // chunks and nodes whose records are known to be bad
+}
+
+// Open opens the repository in dir and recovers what a crash left. One process
+// at a time may have it open; for another the error is a [LockedError].
+func Open(dir string, o Options) (_ *Repository, err error) {
+	o, err = o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	fsys := durable.OS()
+	data, err := durable.ReadFile(fsys, filepath.Join(dir, configFile), 1<<20)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w; make one with init", dir, ErrNotRepository)
+	}
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	r := &Repository{
+		dir: dir, fs: fsys, log: o.Log, segmentSize: o.SegmentSize, unlock: unlock,
+		claims: newClaims(), cache: newCache(o.CacheSize),
+		points: map[PointID]Point{}, damagedPoints: map[PointID]error{}, pins: map[Map]int{},
+	}
+	defer func() {
+		if err != nil {
+			r.release()
+		}
+	}()
+	if err := r.configure(data, o); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, configFile), err)
+	}
+	r.buffers.New = func() any { b := make([]byte, 0, recordHeaderSize+r.chunkSize+sealOverhead); return &b }
+	r.appender = newAppender(r)
+	if err := r.loadPoints(); err != nil {
+		return nil, err
+	}
+	// BadgerDB writes to mapped files, which a full disk turns into a crash.
+	if free, _, err := fsys.Space(dir); err != nil {
+		return nil, err
+	} else if free < minIndexSpace {
+		return nil, fmt.Errorf("%w: %s has %d bytes free and opening it needs %d; free some elsewhere on that file system",
+			ErrNoSpace, dir, free, minIndexSpace)
+	}
+	if r.index, err = openIndex(filepath.Join(dir, indexDir), r.log); err != nil {
+		return nil, err
+	}
+	if r.damaged, err = r.index.damaged(); err != nil {
+		return nil, err
+	}
+	return r, r.loadSegments()
+}
+
+// configure reads repository.json.
+func (r *Repository) configure(data []byte, o Options) error {
+	var c config
+	if err := json.Unmarshal(data, &c); err != nil {
+		return err
+	}
+	if c.Format != formatVersion {
+		return fmt.Errorf("repository format %d, this program reads %d", c.Format, formatVersion)
+	}
+	if c.Hash != hashName {
+		return fmt.Errorf("hash %q is unknown", c.Hash)
+	}
+	if err := checkChunkSize(c.ChunkSize); err != nil {
+		return err
+	}
+	id, err := hex.DecodeString(c.ID)
+	if err != nil || len(id) != 16 {
+		return fmt.Errorf("id %q is not 32 hexadecimal digits", c.ID)
+	}
+	r.id, r.chunkSize, r.created = c.ID, c.ChunkSize, c.Created
+	var idKey, nodeKey []byte
+	if len(c.Keys) > 0 {
+		if r.keys, err = unwrap(c.Keys, o); err != nil {
+			return err
+		}
+		if !sameMAC(c.MAC, r.keys.authenticate(contextConfig, c.authenticated())) {
+			return errors.New("the file was changed by somebody without the key")
+		}
+		idKey = r.keys.derive(contextIDs, nil)
+		nodeKey = r.keys.derive(contextNodes, nil)
+	} else {
+		// A node's id must never be a chunk's, whatever a guest writes.
+		nodeKey = (&keys{}).derive(contextNodes, nil)
+	}
+	if r.chunkIDs, err = newHasher(idKey); err != nil {
+		return err
+	}
+	if r.nodeIDs, err = newHasher(nodeKey); err != nil {
+		return err
+	}
+	if r.coder, err = newCoder(); err != nil {
+		return err
+	}
+	r.segments = newSegmentSet(r.fs, filepath.Join(r.dir, segmentsDir), r.keys, [16]byte(id))
+	return nil
+}
+
+// Close makes durable what was stored and closes the repository. No call may be
+// under way, no disk open.
+func (r *Repository) Close() error {
+	err := r.appender.close()
+	return errors.Join(err, r.release())
+}
+
+// release lets go of what Open took.
+func (r *Repository) release() error {
+	var err error
+	if r.index != nil {
+		err = r.index.close()
+	}
+	if r.segments != nil {
+		r.segments.closeAll()
+	}
+	if r.coder != nil {
+		r.coder.close()
+	}
+	r.unlock()
+	return err
+}
+
+// ChunkSize returns the repository's chunk size in bytes.
+func (r *Repository) ChunkSize() int { return r.chunkSize }
+
+// id of data as a record type.
+func (r *Repository) hash(kind recordType, data []byte) ID {
+	if kind == nodeRecord {
+		return r.nodeIDs.sum(data)
+	}
+	return r.chunkIDs.sum(data)
+}
+
+// Space that is kept free, bytes.
+const (
+	// minIndexSpace is what opening the index may write.
+	minIndexSpace = 4 << 20
+	minReserve    = 16 << 20
+	maxReserve    = 1 << 30
+)
+
+// checkSpace fails with ErrNoSpace once writing on would use up what
+// deleting, collecting and the index need: a 32nd of the file system, at least
+// 16 MiB, at most 1 GiB.
+func (r *Repository) checkSpace() error {
+	free, total, err := r.fs.Space(r.dir)
+	if err != nil {
+		return err
+	}
+	reserve := min(max(total/32, minReserve), maxReserve)
+	if r.collecting.Load() {
+		reserve /= 2 // copying what is live out of half-dead segments gives more back
+	}
+	if free < reserve {
+		return fmt.Errorf("%w: %s has %d MiB free, and %d MiB are kept for deleting and collecting; delete points and collect, or enlarge it",
+			ErrNoSpace, r.dir, free>>20, reserve>>20)
+	}
+	return nil
+}
+
+// find returns where a chunk is.
+func (r *Repository) find(id ID) (location, bool, error) {
+	if loc, ok := r.claims.find(id); ok {
+		return loc, true, nil
+	}
+	// A claim goes once the index has its location, so this order misses none.
+	return r.index.get(id)
+}
+
+// load reads a chunk or node, whose plain length is len(dst), into dst. With
+// check its hash is compared, too. The error wraps ErrDamaged if the
+// bytes are not there or not right.
+func (r *Repository) load(id ID, kind recordType, dst []byte, check bool) ([]byte, error) {
+	const tries = 10 // a collection can move a record between our look into the index and into the segment
+	var err error
+	for range tries {
+		if err = r.loadOnce(id, kind, dst, check); err == nil {
+			return dst, nil
+		}
+		if !errors.Is(err, errGone) {
+			return nil, err
+		}
+	}
+	// The index holds no entry that counts. After a loss of power it may lack
+	// some: the segments know.
+	if again, rerr := r.reindexOnce(); rerr != nil {
+		return nil, errors.Join(err, rerr)
+	} else if again {
+		if err = r.loadOnce(id, kind, dst, check); err == nil {
+			return dst, nil
+		}
+	}
+	if errors.Is(err, errGone) {
+		return nil, &CorruptError{ID: id, Err: errors.New("it is in no segment")}
+	}
+	return nil, err
+}
+
+func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) error {
+	loc, ok, err := r.find(id)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return errGone
+	}
+	seg, err := r.segments.acquire(loc)
+	if err != nil {
+		return err
+	}
+	defer r.segments.release(seg)
+	buf := r.buffers.Get().(*[]byte)
+	defer r.buffers.Put(buf)
+	var h recordHeader
+	var payload []byte
+	if record, ok := r.appender.pending(loc); ok {
+		h, payload, err = openRecord(seg.aead, record, id, int64(loc.Off))
+	} else {
+		h, payload, err = seg.record(*buf, id, loc.Off, loc.Stored)
+	}
+	if err == nil && (h.Type != kind || int(h.Raw) != len(dst)) {
+		err = fmt.Errorf("record of type %d and %d bytes, want type %d and %d", h.Type, h.Raw, kind, len(dst))
+	}
+	if err == nil {
+		_, err = r.coder.expand(dst, payload, h.Codec, len(dst))
+	}
+	if err == nil && check && r.hash(kind, dst) != id {
+		err = errors.New("content does not have this hash")
+	}
+	if err != nil {
+		return &CorruptError{ID: id, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(loc.Off), Err: err}
+	}
+	return nil
+}
+
+// enter makes records of a segment known to the index, and with a
+// summary the segment itself; first is the ordinal of the first of them.
+func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *summary) error {
+	entries := make([]entry, len(records))
+	for i, e := range records {
+		entries[i] = entry{e.ID, location{
+			Segment: seg.number, Generation: seg.generation,
+			Off: e.Off, Stored: e.Stored, Ordinal: uint32(first + i),
+		}}
+	}
+	healed := r.healed(entries)
+	err := r.index.write(func(w indexWrite) error {
+		if err := w.put(entries); err != nil {
+			return err
+		}
+		for _, id := range healed {
+			if err := w.clearDamaged(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = r.index.sync()
+	}
+	if err == nil && sum != nil {
+		// Only what is entered and synced may be called entered.
+		err = r.index.write(func(w indexWrite) error { return w.putSummary(seg.number, *sum) })
+	}
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	for _, id := range healed {
+		delete(r.damaged, id)
+	}
+	r.mu.Unlock()
+	r.claims.release(entries)
+	return nil
+}
+
+// healed returns the damaged chunks that have a new record among entries.
+func (r *Repository) healed(entries []entry) []ID {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.damaged) == 0 {
+		return nil
+	}
+	var out []ID
+	for _, e := range entries {
+		if _, bad := r.damaged[e.id]; bad {
+			out = append(out, e.id)
+		}
+	}
+	return out
+}
+
+// Damaged reports whether a chunk or node is known to be bad, so that content
+// with this id must be stored anew.
+func (r *Repository) Damaged(id ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, bad := r.damaged[id]
+	return bad
+}
+
+// markDamaged remembers chunks whose records are bad.
+func (r *Repository) markDamaged(ids []ID) error {
+	err := r.index.write(func(w indexWrite) error {
+		for _, id := range ids {
+			if err := w.setDamaged(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = r.index.sync()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range ids {
+		r.damaged[id] = struct{}{}
+		r.cache.drop(id)
+	}
+	return err
+}
+
+// Stats are figures of a repository.
+type Stats struct {
+	Points       int   `json:"points"`
+	LogicalBytes int64 `json:"logical_bytes"` // sizes of the disks of all points
+	UniqueBytes  int64 `json:"unique_bytes"`  // plain bytes of the chunks that are stored
+	StoredBytes  int64 `json:"stored_bytes"`  // of all segments' files
+	Chunks       int64 `json:"chunks"`        // stored, whether a point needs them or not
+	Segments     int   `json:"segments"`
+	ChunkSize    int   `json:"chunk_size"`
+	Encrypted    bool  `json:"encrypted"`
+}
+
+// Stats returns figures of the repository. Chunks that a session is storing are
+// counted once their segment is sealed.
+func (r *Repository) Stats(context.Context) (Stats, error) {
+	if err := r.appender.finish(); err != nil {
+		return Stats{}, err
+	}
+	s := Stats{ChunkSize: r.chunkSize, Encrypted: r.keys != nil}
+	for _, p := range r.Points() {
+		s.Points++
+		for _, d := range p.Disks {
+			s.LogicalBytes += d.Map.Size
+		}
+	}
+	for _, seg := range r.segments.sealedSegments() {
+		s.Segments++
+		s.StoredBytes += seg.summary.Size
+		s.Chunks += int64(seg.summary.Chunks)
+		s.UniqueBytes += seg.summary.ChunkBytes
+	}
+	return s, nil
+}
+
+func attrErr(err error) slog.Attr    { return slog.String("error", err.Error()) }
+func attrPath(path string) slog.Attr { return slog.String("path", path) }
+func attrSegment(s *segment) slog.Attr {
+	return slog.String("segment", segmentName(s.number, s.generation, ""))
+}
+
+// holder is what a process writes of itself into the lock file.
+func holder() []byte {
+	command := strings.Join(os.Args, " ")
+	if len(command) > 200 {
+		command = command[:200] + "…"
+	}
+	return bytes.ToValidUTF8(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), command), nil)
+}

@@ -1,0 +1,317 @@
+package blockstore
+
+import (
+	"container/list"
+	"crypto/cipher"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+const (
+	sealedSuffix = ".seg"  // a sealed segment, never written again
+	openSuffix   = ".open" // a segment that is being written, or was when we were stopped
+	badSuffix    = ".bad"  // an unsealed segment whose header can't be read, put aside
+
+	// maxOpenSegments is how many sealed segments are kept open for reading.
+	maxOpenSegments = 512
+)
+
+// errGone means that a segment is not in the live set any more: its live
+// records are elsewhere, and the index knows where.
+var errGone = errors.New("segment is gone")
+
+// segment is one file of records in the live set.
+type segment struct {
+	number, generation uint64
+
+	// The fields below are guarded by segmentSet.mu.
+
+	path      string
+	sealed    bool
+	condemned bool // being collected: no new reference may rest on it
+	summary   summary
+	refs      int // readers at work
+	gone      bool
+	element   *list.Element // in segmentSet.opened while file may be open
+
+	// opening guards file and seal until they are set.
+	opening sync.Mutex
+	file    durable.File
+	aead    cipher.AEAD // nil if not encrypted
+}
+
+func segmentName(number, generation uint64, suffix string) string {
+	return fmt.Sprintf("%016x-%016x%s", number, generation, suffix)
+}
+
+// parseSegmentName reads the name of a segment's file.
+func parseSegmentName(name string) (number, generation uint64, suffix string, ok bool) {
+	suffix = filepath.Ext(name)
+	a, b, found := strings.Cut(strings.TrimSuffix(name, suffix), "-")
+	if !found || len(a) != 16 || len(b) != 16 {
+		return 0, 0, "", false
+	}
+	number, err1 := strconv.ParseUint(a, 16, 64)
+	generation, err2 := strconv.ParseUint(b, 16, 64)
+	return number, generation, suffix, err1 == nil && err2 == nil
+}
+
+// segmentSet is the live set: the segments whose records count. It is safe for
+// concurrent use.
+type segmentSet struct {
+	fs     durable.FS
+	dir    string
+	keys   *keys // nil if not encrypted
+	repoID [16]byte
+
+	mu       sync.Mutex
+	byNumber map[uint64]*segment
+	opened   *list.List // of *segment, most recently used first
+	next     uint64     // number of the next segment
+	sessions map[*Session]struct{}
+	live     marks // of the collection that is running, or nil
+}
+
+func newSegmentSet(fsys durable.FS, dir string, k *keys, repoID [16]byte) *segmentSet {
+	return &segmentSet{
+		fs: fsys, dir: dir, keys: k, repoID: repoID,
+		byNumber: map[uint64]*segment{}, opened: list.New(), next: 1,
+		sessions: map[*Session]struct{}{},
+	}
+}
+
+// holds reports whether a location can be relied on: its segment is
+// live, is the one that was meant, and reaches that far.
+func (s *segmentSet) holdsLocked(loc location) (*segment, bool) {
+	seg := s.byNumber[loc.Segment]
+	if seg == nil || seg.generation != loc.Generation {
+		return nil, false
+	}
+	return seg, !seg.sealed || loc.Ordinal < seg.summary.Records
+}
+
+// protect makes a session's claim to a record, so that no collection takes
+// it before the session ends. False means that the record does not
+// count: it is gone or about to go.
+func (s *segmentSet) protect(session *Session, loc location) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seg, ok := s.holdsLocked(loc)
+	if !ok || seg.condemned {
+		return false
+	}
+	session.marks.set(loc)
+	return true
+}
+
+// acquire opens the segment of a location for reading. The caller releases it.
+func (s *segmentSet) acquire(loc location) (*segment, error) {
+	s.mu.Lock()
+	seg, ok := s.holdsLocked(loc)
+	if !ok {
+		s.mu.Unlock()
+		return nil, errGone
+	}
+	seg.refs++
+	if seg.element == nil {
+		seg.element = s.opened.PushFront(seg)
+	} else {
+		s.opened.MoveToFront(seg.element)
+	}
+	s.closeIdleLocked()
+	path := seg.path
+	s.mu.Unlock()
+
+	if err := seg.open(s, path); err != nil {
+		s.release(seg)
+		return nil, err
+	}
+	return seg, nil
+}
+
+// open opens the file unless it is open.
+func (seg *segment) open(s *segmentSet, path string) error {
+	seg.opening.Lock()
+	defer seg.opening.Unlock()
+	if seg.file != nil {
+		return nil
+	}
+	f, err := s.fs.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		// It was sealed, and so renamed, since its path was read.
+		f, err = s.fs.Open(strings.TrimSuffix(path, openSuffix) + sealedSuffix)
+	}
+	if err != nil {
+		return err
+	}
+	aead, err := s.openCipher(f)
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	seg.file, seg.aead = f, aead
+	return nil
+}
+
+// openCipher returns the cipher for a segment's payloads, nil if they
+// are plain. A plain segment needs nothing from its header.
+func (s *segmentSet) openCipher(f durable.File) (cipher.AEAD, error) {
+	if s.keys == nil {
+		return nil, nil
+	}
+	h, err := readSegmentHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	return s.keys.seal(contextSegment, h.Salt[:])
+}
+
+func readSegmentHeader(f durable.File) (segmentHeader, error) {
+	b := make([]byte, segmentHeaderSize)
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		return segmentHeader{}, fmt.Errorf("%s: read header: %w", f.Name(), noEOF(err))
+	}
+	h, err := decodeSegmentHeader(b)
+	if err != nil {
+		return h, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return h, nil
+}
+
+// noEOF turns the end of a file where more was expected into an error that
+// says so.
+func noEOF(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// release ends what acquire began.
+func (s *segmentSet) release(seg *segment) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seg.refs--
+	if seg.gone && seg.refs == 0 {
+		s.closeLocked(seg)
+	}
+}
+
+// closeIdleLocked closes the least recently used segments beyond the limit.
+func (s *segmentSet) closeIdleLocked() {
+	for e := s.opened.Back(); e != nil && s.opened.Len() > maxOpenSegments; {
+		seg, previous := e.Value.(*segment), e.Prev()
+		if seg.refs == 0 && seg.sealed {
+			s.closeLocked(seg)
+		}
+		e = previous
+	}
+}
+
+func (s *segmentSet) closeLocked(seg *segment) {
+	if seg.element != nil {
+		s.opened.Remove(seg.element)
+		seg.element = nil
+	}
+	seg.opening.Lock()
+	defer seg.opening.Unlock()
+	if seg.file != nil {
+		_ = seg.file.Close() // it was read only, or its writer has synced it
+		seg.file, seg.aead = nil, nil
+	}
+}
+
+// add enters a segment into the live set.
+func (s *segmentSet) add(seg *segment) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.byNumber[seg.number] = seg
+	s.next = max(s.next, seg.number+1)
+}
+
+// takeNumber returns the number for a new segment.
+func (s *segmentSet) takeNumber() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next++
+	return s.next - 1
+}
+
+// drop takes a segment out of the live set. Readers at work finish.
+func (s *segmentSet) drop(seg *segment) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.byNumber, seg.number)
+	seg.gone = true
+	if seg.refs == 0 {
+		s.closeLocked(seg)
+	}
+}
+
+// sealedSegments returns the sealed segments in the order of their numbers.
+func (s *segmentSet) sealedSegments() []*segment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*segment
+	for _, seg := range s.byNumber {
+		if seg.sealed {
+			out = append(out, seg)
+		}
+	}
+	sortByNumber(out)
+	return out
+}
+
+// closeAll closes every file.
+func (s *segmentSet) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, seg := range s.byNumber {
+		s.closeLocked(seg)
+	}
+}
+
+// record reads and checks one whole record into buf's memory and returns its
+// header and its payload, decrypted.
+func (seg *segment) record(buf []byte, id ID, off, stored uint32) (recordHeader, []byte, error) {
+	size := recordHeaderSize + int(stored)
+	if stored > maxPayload {
+		return recordHeader{}, nil, fmt.Errorf("index entry of %d stored bytes", stored)
+	}
+	if cap(buf) < size {
+		buf = make([]byte, size)
+	}
+	buf = buf[:size]
+	if n, err := seg.file.ReadAt(buf, int64(off)); n < size {
+		return recordHeader{}, nil, fmt.Errorf("read %d bytes: %w", size, noEOF(err))
+	}
+	return openRecord(seg.aead, buf, id, int64(off))
+}
+
+// openRecord checks a record that was read from offset off and returns its
+// payload, decrypted in place.
+func openRecord(aead cipher.AEAD, record []byte, id ID, off int64) (recordHeader, []byte, error) {
+	h, err := checkRecord(record)
+	if err != nil {
+		return h, nil, err
+	}
+	if h.ID != id {
+		return h, nil, fmt.Errorf("the record there is that of chunk %.16s", h.ID)
+	}
+	payload := record[recordHeaderSize:]
+	if aead == nil {
+		return h, payload, nil
+	}
+	payload, err = aead.Open(payload[:0], nonce(off), payload, record[:48])
+	if err != nil {
+		return h, nil, errors.New("decryption failed: the record was changed")
+	}
+	return h, payload, nil
+}

@@ -1,0 +1,253 @@
+package blockstore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+// Session stores what becomes one restore point. Until it ends, no collection
+// takes anything that it stored or found stored. It is safe for
+// concurrent use, but for Commit and Close.
+type Session struct {
+	r     *Repository
+	epoch uint64
+	marks marks // guarded by segmentSet.mu
+	bases []Map
+}
+
+// Begin starts a session. It must be closed.
+func (r *Repository) Begin() *Session {
+	s := &Session{r: r, epoch: r.appender.begin(), marks: marks{}}
+	r.segments.mu.Lock()
+	defer r.segments.mu.Unlock()
+	r.segments.sessions[s] = struct{}{}
+	return s
+}
+
+// Close ends the session. Without a commit before, what it stored is left to
+// the next collection.
+func (s *Session) Close() {
+	set := s.r.segments
+	set.mu.Lock()
+	delete(set.sessions, s)
+	if set.live != nil {
+		set.live.merge(s.marks) // a collection is deciding what is dead
+	}
+	set.mu.Unlock()
+	for _, m := range s.bases {
+		s.r.unpin(m)
+	}
+	s.bases = nil
+	if s.r.appender.check(s.epoch) != nil {
+		s.r.appender.drain() // cut what could not be written: its space is needed
+	}
+}
+
+// Base returns the disk of a VM's newest point that a new backup of this disk
+// can be compared with, and whether there is one. Its map may be built
+// upon until the session ends, even if the point is deleted.
+func (s *Session) Base(vm, disk string) (Map, bool) {
+	s.r.mu.Lock()
+	defer s.r.mu.Unlock()
+	var newest *Point
+	for _, p := range s.r.points {
+		if p.VM == vm && (newest == nil || p.Time.After(newest.Time)) {
+			newest = &p
+		}
+	}
+	if newest == nil {
+		return Map{}, false
+	}
+	for _, d := range newest.Disks {
+		if d.Name == disk {
+			s.r.pins[d.Map]++
+			s.bases = append(s.bases, d.Map)
+			return d.Map, true
+		}
+	}
+	return Map{}, false
+}
+
+// Stored tells what storing a chunk took.
+type Stored struct {
+	New   bool  // it was not in the repository
+	Bytes int64 // that it takes in its segment, 0 unless new
+}
+
+// ID returns the id that a chunk has, the null id if it is all zeros is
+// the caller's to know.
+func (r *Repository) ID(chunk []byte) ID { return r.hash(chunkRecord, chunk) }
+
+// Put stores a chunk, ChunkSize bytes with the id given (see Repository.ID), unless the
+// repository has it. It is durable after Commit.
+func (s *Session) Put(id ID, chunk []byte) (Stored, error) {
+	if len(chunk) != s.r.chunkSize {
+		panic(fmt.Sprintf("blockstore: internal error: chunk of %d bytes", len(chunk)))
+	}
+	return s.put(id, chunkRecord, chunk)
+}
+
+// PutNode stores a map node and returns its id; the null id if all its
+// children are null.
+func (s *Session) PutNode(children *[Fanout]ID) (ID, Stored, error) {
+	if *children == ([Fanout]ID{}) {
+		return ID{}, Stored{}, nil
+	}
+	data := make([]byte, 0, nodeSize)
+	for i := range children {
+		data = append(data, children[i][:]...)
+	}
+	id := s.r.hash(nodeRecord, data)
+	stored, err := s.put(id, nodeRecord, data)
+	return id, stored, err
+}
+
+func (s *Session) put(id ID, kind recordType, data []byte) (Stored, error) {
+	for {
+		if err := s.r.appender.check(s.epoch); err != nil {
+			return Stored{}, err
+		}
+		c, mine := s.r.claims.take(id)
+		if mine {
+			return s.store(c, id, kind, data)
+		}
+		// Somebody is storing it; that takes as long as compressing a chunk.
+		<-c.ready
+		if c.found && s.r.segments.protect(s, c.loc) {
+			return Stored{}, nil
+		}
+	}
+}
+
+// store looks whether the repository has the chunk, stores it if not, and
+// resolves the claim.
+func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, error) {
+	loc, ok, err := s.r.index.get(id)
+	if err != nil {
+		s.r.claims.drop(id, c)
+		return Stored{}, err
+	}
+	if ok && !s.r.Damaged(id) && s.r.segments.protect(s, loc) {
+		s.r.claims.drop(id, c)
+		return Stored{}, nil
+	}
+	buf := s.r.buffers.Get().(*[]byte)
+	defer s.r.buffers.Put(buf)
+	payload, how, err := s.r.coder.compress(*buf, id, kind, data)
+	if err == nil {
+		loc, err = s.r.appender.append(id, kind, how, len(data), payload)
+	}
+	if err != nil {
+		s.r.claims.drop(id, c)
+		return Stored{}, err
+	}
+	protected := s.r.segments.protect(s, loc)
+	s.r.claims.stored(id, c, loc)
+	if !protected {
+		return Stored{}, s.r.appender.check(s.epoch) // its segment has just failed
+	}
+	return Stored{New: true, Bytes: recordHeaderSize + int64(loc.Stored)}, nil
+}
+
+// Leaf is a leaf of a map that is being built.
+type Leaf struct {
+	Index int64 // it covers [Index*LeafSpan, (Index+1)*LeafSpan)
+	ID    ID
+}
+
+// BuildMap stores the nodes above leaves and returns the root of a disk of a size.
+// Leaves that are not given are taken from base, which has the same size; the zero
+// Map is all zeros. bytes is what the nodes take in the repository.
+func (s *Session) BuildMap(size int64, base Map, leaves []Leaf) (root ID, bytes int64, err error) {
+	if base != (Map{}) && base.Size != size {
+		panic(fmt.Sprintf("blockstore: internal error: map of %d bytes over one of %d", size, base.Size))
+	}
+	slices.SortFunc(leaves, func(a, b Leaf) int { return cmp.Compare(a.Index, b.Index) })
+	t := s.r.tree(Map{Root: base.Root, Size: size})
+	return s.build(t, 0, leaves)
+}
+
+// build returns the id of base, a subtree whose first leaf is first, with the
+// leaves, all of which lie in it, replaced.
+func (s *Session) build(base tree, first int64, leaves []Leaf) (ID, int64, error) {
+	if len(leaves) == 0 {
+		return base.id, 0, nil
+	}
+	if base.level == 1 {
+		return leaves[0].ID, 0, nil
+	}
+	n, err := s.r.node(base.id)
+	if err != nil {
+		return ID{}, 0, err
+	}
+	span := s.r.span(base.level-1) / s.r.LeafSpan() // leaves in a child
+	var children [Fanout]ID
+	var total int64
+	for i := range children {
+		end := first + int64(i+1)*span
+		own := 0
+		for own < len(leaves) && leaves[own].Index < end {
+			own++
+		}
+		id, bytes, err := s.build(base.child(n, i), end-span, leaves[:own])
+		if err != nil {
+			return ID{}, 0, err
+		}
+		children[i] = id
+		total += bytes
+		leaves = leaves[own:]
+	}
+	id, stored, err := s.PutNode(&children)
+	return id, total + stored.Bytes, err
+}
+
+// Commit makes everything that the session stored durable and then lists the
+// point. The id must be new (see NewPointID); the time is moved on by whole milliseconds until no
+// other point of the VM has it. When Commit returns nil the point is there for good;
+// after an error it is not listed.
+func (s *Session) Commit(ctx context.Context, p Point) (Point, error) {
+	p.Time = p.Time.UTC().Truncate(time.Millisecond)
+	if err := p.check(s.r.chunkSize); err != nil {
+		return Point{}, err
+	}
+	if err := s.r.appender.flush(); err != nil {
+		return Point{}, err
+	}
+	if err := s.r.appender.check(s.epoch); err != nil {
+		return Point{}, err
+	}
+	if err := ctx.Err(); err != nil {
+		return Point{}, err
+	}
+	s.r.mu.Lock()
+	defer s.r.mu.Unlock()
+	for taken := true; taken; {
+		taken = false
+		for _, other := range s.r.points {
+			if other.VM == p.VM && other.Time.Equal(p.Time) {
+				p.Time, taken = p.Time.Add(time.Millisecond), true
+			}
+		}
+	}
+	data, err := encodePoint(p, s.r.keys)
+	if err != nil {
+		return Point{}, err
+	}
+	// Every chunk and node of the point is durable here; the point's file is what
+	// commits it.
+	path := s.r.pointPath(p.ID)
+	if err := durable.WriteFile(s.r.fs, path, data); err != nil {
+		// The rename may have happened all the same. What is not acknowledged must not
+		// be listed.
+		return Point{}, errors.Join(fmt.Errorf("write point: %w", noSpace(err)), s.r.fs.Remove(path), s.r.fs.SyncDir(filepath.Dir(path)))
+	}
+	s.r.points[p.ID] = p
+	return p, nil
+}

@@ -1,0 +1,311 @@
+package blockstore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// VerifyOptions say how much is verified. The zero value verifies everything.
+type VerifyOptions struct {
+	// Percent is the share of the stored bytes to read, above 0 up to 100; 0 is 100.
+	// Segments that were verified longest ago come first.
+	Percent float64
+	// Progress, if set, hears of stored bytes read, and how many will be.
+	Progress func(done, total int64)
+}
+
+// VerifyResult tells what was read and what is wrong.
+type VerifyResult struct {
+	CheckedChunks int64         `json:"checked_chunks"` // records read, map nodes included
+	CheckedBytes  int64         `json:"checked_bytes"`  // plain bytes of those
+	Errors        []VerifyError `json:"errors"`
+}
+
+// VerifyError is one place where a restore point is not what it should be.
+type VerifyError struct {
+	Point  PointID `json:"point"`
+	VM     string  `json:"vm"`
+	Disk   string  `json:"disk"`
+	Offset int64   `json:"offset"` // on the disk, bytes
+	Length int64   `json:"length"`
+	Reason string  `json:"reason"`
+}
+
+// maxVerifyErrors bounds the list; a disk that failed whole has millions.
+const maxVerifyErrors = 10_000
+
+// Verify reads chunks and map nodes that points need and compares each with its
+// hash. Bad ones are remembered, so that a backup that meets the same
+// content stores it anew.
+func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult, error) {
+	if o.Percent == 0 {
+		o.Percent = 100
+	}
+	if o.Percent < 0 || o.Percent > 100 {
+		return VerifyResult{}, fmt.Errorf("verify %v percent: want more than 0, up to 100", o.Percent)
+	}
+	if err := r.appender.finish(); err != nil {
+		return VerifyResult{}, err
+	}
+	v := &verification{r: r, o: o, needed: marks{}, bad: map[ID]string{}}
+	v.result.Errors = []VerifyError{}
+	points := r.Points()
+	// Pins keep a collection that runs meanwhile from taking what is about to be read.
+	for _, p := range points {
+		for _, d := range p.Disks {
+			disk, err := r.OpenDisk(p.ID, d.Name, DiskOptions{})
+			if errors.Is(err, ErrNotFound) {
+				continue // deleted just now
+			}
+			if err != nil {
+				return v.result, err
+			}
+			defer disk.Close()
+			if err := v.mark(ctx, r.tree(d.Map)); err != nil {
+				return v.result, err
+			}
+		}
+	}
+	if err := v.read(ctx); err != nil {
+		return v.result, err
+	}
+	for _, d := range r.DamagedPoints() {
+		v.add(VerifyError{Point: d.ID, Reason: "the point's file cannot be read: " + d.Err.Error()})
+	}
+	return v.result, v.report(ctx, points)
+}
+
+// verification is one run of Verify.
+type verification struct {
+	r      *Repository
+	o      VerifyOptions
+	needed marks
+
+	mu     sync.Mutex // guards the fields below
+	bad    map[ID]string
+	result VerifyResult
+	done   int64
+}
+
+func (v *verification) fail(id ID, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.bad[id] = err.Error()
+}
+
+func (v *verification) add(e VerifyError) {
+	if len(v.result.Errors) < maxVerifyErrors {
+		v.result.Errors = append(v.result.Errors, e)
+	}
+}
+
+// mark finds the records that a tree needs.
+func (v *verification) mark(ctx context.Context, t tree) error {
+	if t.id.IsNull() {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	loc, ok, err := v.r.locate(t.id)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		v.fail(t.id, errors.New("it is in no segment"))
+		return nil
+	}
+	if !v.needed.set(loc) || t.level == 0 {
+		return nil
+	}
+	v.r.cache.drop(t.id) // what is in memory proves nothing of what is on disk
+	n, err := v.r.node(t.id)
+	if errors.Is(err, ErrDamaged) {
+		v.fail(t.id, err)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for i := range Fanout {
+		if err := v.mark(ctx, t.child(n, i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read checks the needed records of as many segments as were asked for, in the
+// order in which they lie.
+func (v *verification) read(ctx context.Context) error {
+	segments := v.r.segments.sealedSegments()
+	var total int64
+	for _, s := range segments {
+		total += s.summary.Size
+	}
+	slices.SortStableFunc(segments, func(a, b *segment) int { return cmp.Compare(a.summary.VerifiedSec, b.summary.VerifiedSec) })
+	want := int64(float64(total) * v.o.Percent / 100)
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	var planned int64
+	for _, seg := range segments {
+		if planned >= want {
+			break
+		}
+		planned += seg.summary.Size
+		g.Go(func() error { return v.segment(ctx, seg, want) })
+	}
+	return g.Wait()
+}
+
+// segment checks the needed records of one segment.
+func (v *verification) segment(ctx context.Context, seg *segment, want int64) error {
+	entries, err := v.r.entries(seg)
+	if errors.Is(err, errGone) {
+		return nil // collected meanwhile: what is needed was checked as it was moved
+	}
+	if err != nil {
+		return err
+	}
+	opened, err := v.r.segments.acquire(location{Segment: seg.number, Generation: seg.generation})
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer v.r.segments.release(opened)
+	v.envelope(opened)
+	record := make([]byte, recordHeaderSize+maxPayload)
+	plain := make([]byte, max(v.r.chunkSize, nodeSize))
+	for i, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if !v.needed.has(seg.number, uint32(i)) {
+			continue
+		}
+		err := v.check(opened, e, record, plain)
+		if err != nil {
+			v.fail(e.ID, &CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err})
+		}
+		v.mu.Lock()
+		v.result.CheckedChunks++
+		v.result.CheckedBytes += int64(e.Raw)
+		v.mu.Unlock()
+	}
+	v.mu.Lock()
+	v.done += seg.summary.Size
+	done := v.done
+	v.mu.Unlock()
+	if v.o.Progress != nil {
+		v.o.Progress(min(done, want), want)
+	}
+	return v.r.verified(seg, time.Now())
+}
+
+// envelope checks what is around a segment's records.
+func (v *verification) envelope(seg *segment) {
+	_, err := readSegmentHeader(seg.file)
+	if err == nil {
+		var size int64
+		if size, err = seg.file.Size(); err == nil {
+			_, err = readEntries(seg.file, size)
+		}
+	}
+	if err != nil {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.add(VerifyError{Reason: fmt.Sprintf("segment %s, beside its records: %v", segmentName(seg.number, seg.generation, ""), err)})
+	}
+}
+
+// check reads one record and compares the content with its id.
+func (v *verification) check(seg *segment, e tocEntry, record, plain []byte) error {
+	h, payload, err := seg.record(record, e.ID, e.Off, e.Stored)
+	if err != nil {
+		return err
+	}
+	if h.Type != e.Type || h.Raw != e.Raw || int(h.Raw) > len(plain) {
+		return errors.New("the record is not what the table of contents says")
+	}
+	data, err := v.r.coder.expand(plain, payload, h.Codec, int(h.Raw))
+	if err != nil {
+		return err
+	}
+	if v.r.hash(h.Type, data) != e.ID {
+		return errors.New("content does not have this hash")
+	}
+	return nil
+}
+
+// verified remembers when a segment was read whole.
+func (r *Repository) verified(seg *segment, at time.Time) error {
+	r.segments.mu.Lock()
+	if seg.gone {
+		r.segments.mu.Unlock()
+		return nil
+	}
+	seg.summary.VerifiedSec = at.Unix()
+	sum := seg.summary
+	r.segments.mu.Unlock()
+	return r.index.write(func(w indexWrite) error { return w.putSummary(seg.number, sum) })
+}
+
+// report remembers what is bad and finds which disks suffer where.
+func (v *verification) report(ctx context.Context, points []Point) error {
+	if len(v.bad) == 0 {
+		return nil
+	}
+	ids := make([]ID, 0, len(v.bad))
+	for id := range v.bad {
+		ids = append(ids, id)
+	}
+	if err := v.r.markDamaged(ids); err != nil {
+		return err
+	}
+	for _, p := range points {
+		for _, d := range p.Disks {
+			if err := v.locate(ctx, v.r.tree(d.Map), 0, p, d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// locate reports the bad parts of a subtree that starts at an offset of a
+// disk.
+func (v *verification) locate(ctx context.Context, t tree, start int64, p Point, d PointDisk) error {
+	if t.id.IsNull() || start >= d.Map.Size || len(v.result.Errors) >= maxVerifyErrors {
+		return ctx.Err()
+	}
+	if reason, bad := v.bad[t.id]; bad {
+		v.add(VerifyError{
+			Point: p.ID, VM: p.VM, Disk: d.Name,
+			Offset: start, Length: min(v.r.span(t.level), d.Map.Size-start), Reason: reason,
+		})
+		return nil
+	}
+	if t.level == 0 {
+		return nil
+	}
+	n, err := v.r.node(t.id)
+	if err != nil {
+		return err
+	}
+	for i := range Fanout {
+		if err := v.locate(ctx, t.child(n, i), start+int64(i)*v.r.span(t.level-1), p, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
