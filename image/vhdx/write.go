@@ -48,8 +48,8 @@ func blockSizeFor(size int64) int64 {
 // that no reader may take them for undefined. The headers are written last: a
 // file that was cut off in the middle is no VHDX. The caller syncs and closes f.
 func Write(ctx context.Context, f *os.File, d image.Disk, o image.WriteOptions) error {
-	if d.Size() > maxSize {
-		return fmt.Errorf("%w: a vhdx holds at most %d bytes, the disk has %d", image.ErrUnsupported, int64(maxSize), d.Size())
+	if d.Size() == 0 || d.Size() > maxSize {
+		return fmt.Errorf("%w: a vhdx holds 1 to %d bytes, the disk has %d", image.ErrUnsupported, int64(maxSize), d.Size())
 	}
 	w := newWriter(f, d.Size())
 	if err := image.ForEachData(ctx, d, readSize, o.Report, w.put); err != nil {
