@@ -115,7 +115,7 @@ func fio(b *testing.B, uri string, block, depth, jobs int) float64 {
 			}
 		}
 	}
-	_, object, _ := bytes.Cut(out, []byte("\n")) // the engine prints a line of its own first
+	object := out[max(bytes.IndexByte(out, '{'), 0):] // the engine prints lines of its own first
 	if err := json.Unmarshal(object, &report); err != nil || len(report.Jobs) != 1 {
 		b.Fatalf("fio printed %s: %v", out, err)
 	}

@@ -18,6 +18,10 @@ import (
 // bounds how many small replies may wait for a client that does not read.
 const requestCost = 4 << 10
 
+// sendBuffer is the buffer in bytes of a unix socket: room for a few replies of
+// the length that copying clients ask for, so that the writer seldom sleeps.
+const sendBuffer = 2 << 20
+
 // conn is a client in the transmission phase.
 type conn struct {
 	choice
@@ -49,6 +53,9 @@ func newConn(o Options, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 // is done, and returns after the last reply. The error says why the client had
 // to be dropped.
 func (c *conn) serve(ctx context.Context) error {
+	if u, ok := c.net.(*net.UnixConn); ok {
+		u.SetWriteBuffer(sendBuffer)
+	}
 	// reading ends when no further request shall be taken, working when no
 	// reply can reach the client any more.
 	reading, stopReading := context.WithCancel(ctx)

@@ -1,0 +1,185 @@
+package nbdserver_test
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/nbdserver"
+)
+
+const handshakeSize = 1<<20 + 100
+
+func handshakeExports() []nbdserver.Export {
+	d := disk{ReaderAt: bytes.NewReader(make([]byte, handshakeSize)), size: handshakeSize}
+	return []nbdserver.Export{
+		{Name: "vm/disk 1", Description: "the first disk", Disk: d, BlockSize: 65536},
+		{Name: "other", Disk: d},
+	}
+}
+
+func TestOptions(t *testing.T) {
+	t.Parallel()
+	exportInfo := func(flags uint16) string { return string(wire(uint16(0), uint64(handshakeSize), flags)) }
+	ack := func(n uint32) optReply { return optReply{n, repAck, ""} }
+	allocation := func(n, id uint32) optReply { return optReply{n, repMeta, string(wire(id, "base:allocation"))} }
+	manyQueries := slices.Repeat([]string{"x:y"}, 129)
+
+	for _, tt := range []struct {
+		name string
+		send []byte
+		want []optReply
+		ends bool // the server hangs up afterwards
+	}{
+		{"list", option(optList), []optReply{
+			{optList, repServer, string(wire(str("other")))},
+			{optList, repServer, string(wire(str("vm/disk 1"), "the first disk"))},
+			ack(optList),
+		}, false},
+		{"list with data", option(optList, "x"), []optReply{{optList, errInvalid, ""}}, false},
+		{"peek export", option(4), []optReply{{4, errUnsup, ""}}, false},
+		{"TLS", option(optStartTLS), []optReply{{optStartTLS, errUnsup, ""}}, false},
+		{"extended headers", option(11), []optReply{{11, errUnsup, ""}}, false},
+		{"unknown option with data", option(0xdeadbeef, strings.Repeat("x", maxOptionData)), []optReply{{0xdeadbeef, errUnsup, ""}}, false},
+		{"option too long", wire("IHAVEOPT", uint32(99), uint32(maxOptionData+1)), nil, true},
+		{"wrong magic", wire("IHAVEOPX", optList, uint32(0)), nil, true},
+		{"abort", option(optAbort), []optReply{ack(optAbort)}, true},
+		{"abort with data", option(optAbort, "bye"), []optReply{ack(optAbort)}, true},
+		{"64 options", slices.Concat(slices.Repeat(option(99), 64), option(99)), slices.Repeat([]optReply{{99, errUnsup, ""}}, 64), true},
+
+		{"info", option(optInfo, info("other")), []optReply{{optInfo, repInfo, exportInfo(readOnlyFlags)}, ack(optInfo)}, false},
+		{"info of everything", option(optInfo, info("vm/disk 1", 0, 1, 2, 3, 77)), []optReply{
+			{optInfo, repInfo, exportInfo(readOnlyFlags)},
+			{optInfo, repInfo, string(wire(uint16(1), "vm/disk 1"))},
+			{optInfo, repInfo, string(wire(uint16(2), "the first disk"))},
+			{optInfo, repInfo, string(wire(uint16(3), uint32(1), uint32(65536), uint32(maxRequest)))},
+			ack(optInfo),
+		}, false},
+		{"info without a description, default block size", option(optInfo, info("other", 2, 3)), []optReply{
+			{optInfo, repInfo, exportInfo(readOnlyFlags)},
+			{optInfo, repInfo, string(wire(uint16(3), uint32(1), uint32(4096), uint32(maxRequest)))},
+			ack(optInfo),
+		}, false},
+		{"info with structured replies", wire(option(optStructured), option(optInfo, info("other"))), []optReply{
+			ack(optStructured), {optInfo, repInfo, exportInfo(withDF)}, ack(optInfo),
+		}, false},
+		{"info of a missing export", option(optInfo, info("missing")), []optReply{{optInfo, errUnknown, ""}}, false},
+		{"no default export among two", option(optInfo, info("")), []optReply{{optInfo, errUnknown, ""}}, false},
+		{"info, then go for a missing export", wire(option(optInfo, info("other")), option(optGo, info("missing")), option(optAbort)), []optReply{
+			{optInfo, repInfo, exportInfo(readOnlyFlags)}, ack(optInfo), {optGo, errUnknown, ""}, ack(optAbort),
+		}, true},
+		{"empty info", option(optInfo), []optReply{{optInfo, errInvalid, ""}}, false},
+		{"name longer than the option", option(optInfo, uint32(9), "other", uint16(0)), []optReply{{optInfo, errInvalid, ""}}, false},
+		{"huge name length", option(optInfo, uint32(0xffffffff), "other", uint16(0)), []optReply{{optInfo, errInvalid, ""}}, false},
+		{"name beyond 4096 bytes", option(optInfo, info(strings.Repeat("x", 4097))), []optReply{{optInfo, errInvalid, ""}}, false},
+		{"name of 4096 bytes", option(optInfo, info(strings.Repeat("x", 4096))), []optReply{{optInfo, errUnknown, ""}}, false},
+		{"fewer information requests than said", option(optInfo, str("other"), uint16(2), uint16(3)), []optReply{{optInfo, errInvalid, ""}}, false},
+		{"bytes after the information requests", option(optGo, info("other"), "x"), []optReply{{optGo, errInvalid, ""}}, false},
+
+		{"structured replies with data", option(optStructured, "x"), []optReply{{optStructured, errInvalid, ""}}, false},
+		{"set contexts without structured replies", option(optSetMeta, meta("other", "base:allocation")), []optReply{{optSetMeta, errInvalid, ""}}, false},
+		{"set contexts", wire(option(optStructured), option(optSetMeta, meta("other", "x:y", "base:allocation", "base:allocation"))), []optReply{
+			ack(optStructured), allocation(optSetMeta, 1), ack(optSetMeta),
+		}, false},
+		{"set contexts by wildcard", wire(option(optStructured), option(optSetMeta, meta("other", "base:"))), []optReply{ack(optStructured), ack(optSetMeta)}, false},
+		{"set no context", wire(option(optStructured), option(optSetMeta, meta("other"))), []optReply{ack(optStructured), ack(optSetMeta)}, false},
+		{"set contexts of a missing export", wire(option(optStructured), option(optSetMeta, meta("missing", "base:allocation"))), []optReply{
+			ack(optStructured), {optSetMeta, errUnknown, ""},
+		}, false},
+		{"list all contexts", option(optListMeta, meta("other")), []optReply{allocation(optListMeta, 0), ack(optListMeta)}, false},
+		{"list contexts by wildcard", option(optListMeta, meta("other", "base:")), []optReply{allocation(optListMeta, 0), ack(optListMeta)}, false},
+		{"list contexts by name", option(optListMeta, meta("other", "base:allocation")), []optReply{allocation(optListMeta, 0), ack(optListMeta)}, false},
+		{"list unknown contexts", option(optListMeta, meta("other", "qemu:", "base:unknown")), []optReply{ack(optListMeta)}, false},
+		{"query without a colon", option(optListMeta, meta("other", "base")), []optReply{{optListMeta, errInvalid, ""}}, false},
+		{"query beyond 4096 bytes", option(optListMeta, meta("other", "x:"+strings.Repeat("y", 4095))), []optReply{{optListMeta, errInvalid, ""}}, false},
+		{"query cut short", option(optListMeta, str("other"), uint32(2), str("x:y")), []optReply{{optListMeta, errInvalid, ""}}, false},
+		{"too many queries", option(optListMeta, meta("other", manyQueries...)), []optReply{{optListMeta, errBig, ""}}, false},
+		{"millions of queries said", option(optListMeta, str("other"), uint32(0xffffffff)), []optReply{{optListMeta, errBig, ""}}, false},
+
+		{"export name, missing", option(optExportName, "missing"), nil, true},
+		{"export name, none", option(optExportName), nil, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c := dial(t, start(t, nbdserver.Options{}, handshakeExports()...))
+			c.send(fixedNewstyle|noZeroes, tt.send)
+			for i, want := range tt.want {
+				if got := c.optReply(); got != want {
+					t.Errorf("reply %d: got %#v, want %#v", i, got, want)
+				}
+			}
+			if tt.ends {
+				c.wantClosed()
+				return
+			}
+			c.send(option(99)) // the conversation goes on
+			c.wantReply(99, errUnsup)
+		})
+	}
+}
+
+func TestClientFlags(t *testing.T) {
+	t.Parallel()
+	socket := start(t, nbdserver.Options{}, handshakeExports()...)
+	c := dial(t, socket)
+	c.send(uint32(1 << 2))
+	c.wantClosed()
+
+	for flags, zeroes := range map[uint32]int{0: 124, fixedNewstyle: 124, fixedNewstyle | noZeroes: 0} {
+		c := dial(t, socket)
+		c.send(flags, option(optExportName, "other"))
+		want := wire(uint64(handshakeSize), readOnlyFlags, make([]byte, zeroes))
+		if got := c.read(len(want)); !bytes.Equal(got, want) {
+			t.Errorf("client flags %#x: got %x, want %x", flags, got, want)
+		}
+		if r := c.ask(request{command: cmdRead, cookie: 1, length: 10}, false); r.errno != 0 {
+			t.Errorf("client flags %#x: read: got error %d", flags, r.errno)
+		}
+	}
+}
+
+func TestDefaultExport(t *testing.T) {
+	t.Parallel()
+	c := dial(t, start(t, nbdserver.Options{}, handshakeExports()[:1]...))
+	c.send(fixedNewstyle, option(optInfo, info("", 1)))
+	c.wantReply(optInfo, repInfo)
+	if got, want := c.optReply().Data, string(wire(uint16(1), "vm/disk 1")); got != want {
+		t.Errorf("canonical name: got %q, want %q", got, want)
+	}
+	c.wantReply(optInfo, repAck)
+	c.send(option(optGo, info("")))
+	c.wantReply(optGo, repInfo)
+	c.wantReply(optGo, repAck)
+	if r := c.ask(request{command: cmdRead, cookie: 1, length: 10}, false); r.errno != 0 {
+		t.Errorf("read: got error %d", r.errno)
+	}
+}
+
+// TestContextsBelongToTheirExport selects a context for one export and enters
+// another, or enters the same one after a later selection failed.
+func TestContextsBelongToTheirExport(t *testing.T) {
+	t.Parallel()
+	socket := start(t, nbdserver.Options{}, handshakeExports()...)
+	for _, tt := range []struct {
+		name   string
+		set    []byte
+		enter  string
+		answer uint32
+	}{
+		{"same export", option(optSetMeta, meta("other", "base:allocation")), "other", 0},
+		{"another export", option(optSetMeta, meta("other", "base:allocation")), "vm/disk 1", einval},
+		{"selection withdrawn", wire(option(optSetMeta, meta("other", "base:allocation")), option(optSetMeta, meta("other"))), "other", einval},
+		{"last selection failed", wire(option(optSetMeta, meta("other", "base:allocation")), option(optSetMeta, "x")), "other", einval},
+		{"only listed", option(optListMeta, meta("other", "base:allocation")), "other", einval},
+	} {
+		c := dial(t, socket)
+		c.send(fixedNewstyle, option(optStructured), tt.set, option(optGo, info(tt.enter)))
+		for r := c.optReply(); r.Option != optGo || r.Kind != repAck; r = c.optReply() {
+			continue
+		}
+		if r := c.ask(request{command: cmdStatus, cookie: 1, length: 512}, true); r.errno != tt.answer {
+			t.Errorf("%s: got error %d, want %d", tt.name, r.errno, tt.answer)
+		}
+	}
+}
