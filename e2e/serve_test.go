@@ -18,6 +18,7 @@ type export struct {
 	URI       string `json:"uri"`
 	ReadOnly  bool   `json:"read_only"`
 	SizeBytes int64  `json:"size_bytes"`
+	printed   string // the object as it was printed
 }
 
 // export serves a point over a unix socket until stop or the test's end.
@@ -41,10 +42,16 @@ func (r *repo) serve(args ...string) *export {
 	r.t.Cleanup(func() { stdout.Close() })
 	e := &export{process: r.start(w, args...)}
 	w.Close()
-	if err := json.NewDecoder(stdout).Decode(e); err != nil {
+	var printed json.RawMessage
+	err = json.NewDecoder(stdout).Decode(&printed)
+	if err == nil {
+		err = json.Unmarshal(printed, e)
+	}
+	if err != nil {
 		code := e.interrupt()
 		r.t.Fatalf("holdfast %s: %v, exit status %d\n%s", strings.Join(args, " "), err, code, e.stderr)
 	}
+	e.printed = string(printed)
 	return e
 }
 
