@@ -28,17 +28,15 @@ const (
 
 // diskFile is the file of a whole disk.
 type diskFile struct {
-	fs.Inode
-	tree  *tree
-	vm    string
-	point Point
-	info  DiskInfo
+	base
+	vm, pointID string
+	info        DiskInfo
 }
 
 var _ fs.NodeOpener = (*diskFile)(nil)
 
 func (f *diskFile) attr() fuse.Attr {
-	a := f.tree.baseAttr(syscall.S_IFREG|f.tree.fileMode, f.info.Size, f.point.Time)
+	a := f.baseAttr(syscall.S_IFREG|f.tree.fileMode, f.info.Size)
 	a.Blocks = blocks(f.info.DataBytes)
 	return a
 }
@@ -58,7 +56,7 @@ func (f *diskFile) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, s
 }
 
 func (f *diskFile) logAttrs() []slog.Attr {
-	return []slog.Attr{slog.String("vm", f.vm), slog.String("point", f.point.ID), slog.String("disk", f.info.Name)}
+	return []slog.Attr{slog.String("vm", f.vm), slog.String("point", f.pointID), slog.String("disk", f.info.Name)}
 }
 
 // diskTable holds the disks that are open, each once however often its file is.
@@ -85,7 +83,7 @@ type openDisk struct {
 // open returns a new handle of the file's disk, opening the disk if no other
 // handle has.
 func (t *diskTable) open(ctx context.Context, f *diskFile) (*handle, error) {
-	key := diskKey{f.point.ID, f.info.Name}
+	key := diskKey{f.pointID, f.info.Name}
 	t.mu.Lock()
 	d := t.disks[key]
 	if d == nil {

@@ -361,6 +361,10 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups "$0"`
 	if out, err := as("cat", filepath.Join(dir, pointDir, "vm.xml")); string(out) != "<domain/>\n" {
 		t.Errorf("the user reads %q, %v", out, err)
 	}
+	busy := fmt.Sprintf("exec 3<%s; %s=%s %s", filepath.Join(dir, pointDir, "vm.xml"), unmountEnv, dir, binary)
+	if out, err := as("sh", "-c", busy); err == nil || !strings.Contains(string(out), "mount is in use") || !strings.Contains(string(out), "(sh)") {
+		t.Errorf("unmount while in use: got %v, %s", err, out)
+	}
 	if out, err := as("env", unmountEnv+"="+dir, binary); err != nil {
 		t.Errorf("unmount: %v, %s", err, out)
 	}

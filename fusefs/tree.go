@@ -78,7 +78,7 @@ func (t *tree) vmFolder(vm string) *folder {
 			entries[i] = entry{name: names[i], key: p.ID, node: t.pointFolder(vm, p)}
 		}
 		if n := len(points); n > 0 {
-			latest := &link{tree: t, target: names[n-1], mtime: points[n-1].Time}
+			latest := &link{base: t.base(points[n-1].Time), target: names[n-1]}
 			entries = append(entries, entry{name: "latest", key: latest.target, node: latest})
 		}
 		return entries, nil
@@ -93,7 +93,7 @@ func (t *tree) pointFolder(vm string, p Point) *folder {
 		}
 		entries := []entry{{name: "disks", node: t.disksFolder(vm, p, c.Disks)}}
 		for _, name := range slices.Sorted(maps.Keys(c.Files)) {
-			file := &smallFile{tree: t, data: c.Files[name], mtime: p.Time}
+			file := &smallFile{base: t.base(p.Time), data: c.Files[name]}
 			entries = append(entries, entry{name: fileName(name, "", "disks"), node: file})
 		}
 		return entries, nil
@@ -103,7 +103,7 @@ func (t *tree) pointFolder(vm string, p Point) *folder {
 func (t *tree) disksFolder(vm string, p Point, disks []DiskInfo) *folder {
 	entries := make([]entry, len(disks))
 	for i, d := range disks {
-		entries[i] = entry{name: fileName(d.Name, ".raw"), node: &diskFile{tree: t, vm: vm, point: p, info: d}}
+		entries[i] = entry{name: fileName(d.Name, ".raw"), node: &diskFile{base: t.base(p.Time), vm: vm, pointID: p.ID, info: d}}
 	}
 	return t.folder(p.Time, forever, func(context.Context) ([]entry, error) { return entries, nil })
 }
@@ -121,12 +121,25 @@ func (t *tree) failed(ctx context.Context, err error, msg string, attrs ...slog.
 	return syscall.EIO
 }
 
-// baseAttr returns the attributes that all nodes have.
-func (t *tree) baseAttr(mode uint32, size int64, mtime time.Time) fuse.Attr {
-	a := fuse.Attr{Mode: mode, Size: uint64(size), Nlink: 1, Owner: t.owner, Blksize: blockSize, Blocks: blocks(size)}
-	a.SetTimes(&mtime, &mtime, &mtime)
+// base is what all nodes have.
+type base struct {
+	fs.Inode
+	tree  *tree
+	mtime time.Time
+}
+
+func (t *tree) base(mtime time.Time) base { return base{tree: t, mtime: mtime} }
+
+// baseAttr returns the attributes of a node, its inode number excepted.
+func (b *base) baseAttr(mode uint32, size int64) fuse.Attr {
+	a := fuse.Attr{Mode: mode, Size: uint64(size), Nlink: 1, Owner: b.tree.owner, Blksize: blockSize, Blocks: blocks(size)}
+	a.SetTimes(&b.mtime, &b.mtime, &b.mtime)
 	return a
 }
+
+// Fsync implements [fs.NodeFsyncer]: the kernel takes this errno to mean that
+// there is never anything to do, and lets fsync succeed.
+func (b *base) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno { return syscall.ENOSYS }
 
 // blocks returns a number of bytes in the 512-byte units of st_blocks.
 func blocks(bytes int64) uint64 { return uint64(bytes+511) / 512 }
@@ -139,10 +152,8 @@ func getattr(n node, out *fuse.AttrOut) syscall.Errno {
 
 // folder is a folder whose entries come from a function.
 type folder struct {
-	fs.Inode
-	tree  *tree
-	mtime time.Time
-	ttl   time.Duration // how long a list holds: living or forever
+	base
+	ttl time.Duration // how long a list holds: living or forever
 	// list returns the entries in the order to show them. Its errors are errnos.
 	list func(ctx context.Context) ([]entry, error)
 
@@ -159,12 +170,12 @@ var (
 )
 
 func (t *tree) folder(mtime time.Time, ttl time.Duration, list func(ctx context.Context) ([]entry, error)) *folder {
-	return &folder{tree: t, mtime: mtime, ttl: ttl, list: list}
+	return &folder{base: t.base(mtime), ttl: ttl, list: list}
 }
 
 func (d *folder) attr() fuse.Attr {
 	// One link, whatever the number of folders inside: find(1) takes that to mean "unknown".
-	return d.tree.baseAttr(syscall.S_IFDIR|d.tree.dirMode, 0, d.mtime)
+	return d.baseAttr(syscall.S_IFDIR|d.tree.dirMode, 0)
 }
 
 // Getattr implements [fs.NodeGetattrer].
@@ -259,16 +270,14 @@ func (d *folder) OnForget() {
 
 // link is a symbolic link.
 type link struct {
-	fs.Inode
-	tree   *tree
+	base
 	target string
-	mtime  time.Time
 }
 
 var _ fs.NodeReadlinker = (*link)(nil)
 
 func (l *link) attr() fuse.Attr {
-	return l.tree.baseAttr(syscall.S_IFLNK|0o777, int64(len(l.target)), l.mtime)
+	return l.baseAttr(syscall.S_IFLNK|0o777, int64(len(l.target)))
 }
 
 // Getattr implements [fs.NodeGetattrer].
@@ -283,10 +292,8 @@ func (l *link) Readlink(context.Context) ([]byte, syscall.Errno) {
 
 // smallFile is a file held in memory.
 type smallFile struct {
-	fs.Inode
-	tree  *tree
-	data  []byte
-	mtime time.Time
+	base
+	data []byte
 }
 
 var (
@@ -295,7 +302,7 @@ var (
 )
 
 func (f *smallFile) attr() fuse.Attr {
-	return f.tree.baseAttr(syscall.S_IFREG|f.tree.fileMode, int64(len(f.data)), f.mtime)
+	return f.baseAttr(syscall.S_IFREG|f.tree.fileMode, int64(len(f.data)))
 }
 
 // Getattr implements [fs.NodeGetattrer].

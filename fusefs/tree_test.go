@@ -175,6 +175,17 @@ func TestSourceErrors(t *testing.T) {
 	}
 }
 
+// There is nothing to write back, so fsync succeeds as it does on any read-only file.
+func TestFsync(t *testing.T) {
+	t.Parallel()
+	m, _ := mount(t, oneDisk(newDisk(mib)))
+	for _, name := range []string{"", "web", pointDir + "/vm.xml", diskPath} {
+		if err := open(t, filepath.Join(m.Dir(), name)).Sync(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
 	m, _ := mount(t, oneDisk(newDisk(mib, 0, mib)))
