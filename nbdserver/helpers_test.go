@@ -5,9 +5,11 @@ import (
 	"context"
 	"io"
 	"iter"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -25,7 +27,7 @@ type disk struct {
 
 func (d disk) Size() int64 { return d.size }
 
-func (d disk) Extents(ctx context.Context, off, length int64) iter.Seq2[image.Extent, error] {
+func (d disk) Extents(_ context.Context, off, length int64) iter.Seq2[image.Extent, error] {
 	return func(yield func(image.Extent, error) bool) {
 		off, length := image.Clip(off, length, d.size)
 		end := off + length
@@ -34,10 +36,6 @@ func (d disk) Extents(ctx context.Context, off, length int64) iter.Seq2[image.Ex
 			return
 		}
 		for off < end {
-			if err := ctx.Err(); err != nil {
-				yield(image.Extent{}, err)
-				return
-			}
 			next := min(end, off-off%d.piece+d.piece)
 			if !yield(image.Extent{Off: off, Len: next - off, Zero: d.zero(off / d.piece)}, nil) {
 				return
@@ -62,6 +60,11 @@ func startOn(tb testing.TB, network, address string, o nbdserver.Options, export
 	if err != nil {
 		tb.Fatal(err)
 	}
+	return serve(tb, l, o, exports...)
+}
+
+func serve(tb testing.TB, l net.Listener, o nbdserver.Options, exports ...nbdserver.Export) *nbdserver.Server {
+	tb.Helper()
 	s := nbdserver.New(o)
 	for _, e := range exports {
 		if err := s.Add(e); err != nil {
@@ -101,4 +104,45 @@ func run(tb testing.TB, name string, args ...string) []byte {
 		tb.Fatalf("%s %q: %v\n%s%s", name, args, err, out, stderr.Bytes())
 	}
 	return out
+}
+
+// pipeListener hands out the server's ends of pipes, on which nothing is
+// buffered.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	close  func()
+}
+
+func newPipeListener() *pipeListener {
+	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+	l.close = sync.OnceFunc(func() { close(l.closed) })
+	return l
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.close(); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Net: "unix", Name: "pipe"} }
+
+// dial returns the client's end of a new pipe.
+func (l *pipeListener) dial() net.Conn {
+	client, server := net.Pipe()
+	l.conns <- server
+	return client
+}
+
+// pipe connects a client over a pipe to a server of its own.
+func pipe(tb testing.TB, o nbdserver.Options, exports ...nbdserver.Export) *client {
+	tb.Helper()
+	l := newPipeListener()
+	serve(tb, l, o, exports...)
+	return greet(tb, l.dial())
 }
