@@ -137,6 +137,21 @@ func (r *Repository) walk(ctx context.Context, t tree, start, off, end int64, yi
 	return true
 }
 
+// DataBytes counts the bytes of the chunks of a map that are not zero.
+func (r *Repository) DataBytes(ctx context.Context, m Map) (int64, error) {
+	var n int64
+	var failed error
+	chunk := int64(r.chunkSize)
+	r.walk(ctx, r.tree(m), 0, 0, (m.Size+chunk-1)/chunk*chunk, func(e image.Extent, err error) bool {
+		if err == nil && !e.Zero {
+			n += e.Len
+		}
+		failed = err
+		return err == nil
+	})
+	return n, failed
+}
+
 // Diff yields the ranges in which two disks differ, in order, neighbours
 // merged, in whole chunks clipped to the larger disk. Bytes past the end of the
 // smaller disk count as zeros; so equal content in disks of two sizes differs

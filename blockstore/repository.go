@@ -372,29 +372,34 @@ func (r *Repository) find(id ID) (location, bool, error) {
 // check its hash is compared, too. The error wraps ErrDamaged if the
 // bytes are not there or not right.
 func (r *Repository) load(id ID, kind recordType, dst []byte, check bool) ([]byte, error) {
+	err := r.loadRetrying(id, kind, dst, check)
+	if errors.Is(err, ErrDamaged) && !r.Damaged(id) {
+		// The next backup that meets this content stores it anew.
+		err = errors.Join(err, r.markDamaged([]ID{id}))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return dst, nil
+}
+
+func (r *Repository) loadRetrying(id ID, kind recordType, dst []byte, check bool) error {
 	const tries = 10 // a collection can move a record between our look into the index and into the segment
-	var err error
 	for range tries {
-		if err = r.loadOnce(id, kind, dst, check); err == nil {
-			return dst, nil
-		}
-		if !errors.Is(err, errGone) {
-			return nil, err
+		if err := r.loadOnce(id, kind, dst, check); !errors.Is(err, errGone) {
+			return err
 		}
 	}
 	// The index holds no entry that counts. After a loss of power it may lack
 	// some: the segments know.
-	if again, rerr := r.reindexOnce(); rerr != nil {
-		return nil, errors.Join(err, rerr)
-	} else if again {
-		if err = r.loadOnce(id, kind, dst, check); err == nil {
-			return dst, nil
-		}
+	if _, err := r.reindexOnce(); err != nil {
+		return err
 	}
+	err := r.loadOnce(id, kind, dst, check)
 	if errors.Is(err, errGone) {
-		return nil, &CorruptError{ID: id, Err: errors.New("it is in no segment")}
+		return &CorruptError{ID: id, Err: errors.New("it is in no segment")}
 	}
-	return nil, err
+	return err
 }
 
 func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) error {

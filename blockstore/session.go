@@ -164,39 +164,43 @@ type Leaf struct {
 
 // BuildMap stores the nodes above leaves and returns the root of a disk of a size.
 // Leaves that are not given are taken from base, which has the same size; the zero
-// Map is all zeros. bytes is what the nodes take in the repository.
+// Map is all zeros. A node of base that is damaged is no hindrance if all leaves under
+// it are given. bytes is what the nodes take in the repository.
 func (s *Session) BuildMap(size int64, base Map, leaves []Leaf) (root ID, bytes int64, err error) {
 	if base != (Map{}) && base.Size != size {
 		panic(fmt.Sprintf("blockstore: internal error: map of %d bytes over one of %d", size, base.Size))
 	}
 	slices.SortFunc(leaves, func(a, b Leaf) int { return cmp.Compare(a.Index, b.Index) })
 	t := s.r.tree(Map{Root: base.Root, Size: size})
-	return s.build(t, 0, leaves)
+	return s.build(t, 0, (size+s.r.LeafSpan()-1)/s.r.LeafSpan(), leaves)
 }
 
 // build returns the id of base, a subtree whose first leaf is first, with the
-// leaves, all of which lie in it, replaced.
-func (s *Session) build(base tree, first int64, leaves []Leaf) (ID, int64, error) {
+// leaves, all of which lie in it, replaced. The disk has end leaves.
+func (s *Session) build(base tree, first, end int64, leaves []Leaf) (ID, int64, error) {
 	if len(leaves) == 0 {
 		return base.id, 0, nil
 	}
 	if base.level == 1 {
 		return leaves[0].ID, 0, nil
 	}
+	span := s.r.span(base.level-1) / s.r.LeafSpan() // leaves in a child
 	n, err := s.r.node(base.id)
+	if errors.Is(err, ErrDamaged) && int64(len(leaves)) == min(Fanout*span, end-first) {
+		n, err = nil, nil // nothing of it is needed
+	}
 	if err != nil {
 		return ID{}, 0, err
 	}
-	span := s.r.span(base.level-1) / s.r.LeafSpan() // leaves in a child
 	var children [Fanout]ID
 	var total int64
 	for i := range children {
-		end := first + int64(i+1)*span
+		next := first + int64(i+1)*span
 		own := 0
-		for own < len(leaves) && leaves[own].Index < end {
+		for own < len(leaves) && leaves[own].Index < next {
 			own++
 		}
-		id, bytes, err := s.build(base.child(n, i), end-span, leaves[:own])
+		id, bytes, err := s.build(base.child(n, i), next-span, end, leaves[:own])
 		if err != nil {
 			return ID{}, 0, err
 		}
