@@ -123,9 +123,10 @@ func (m *Image) sparseExtents(ctx context.Context, r run) iter.Seq2[image.Extent
 }
 
 // isSparse reports whether a file has so many holes that its clusters must have been
-// allocated in advance, without being written (preallocation=metadata). Like QEMU,
-// which judges by the same measure, we then take the holes for zeros; in
-// other images asking for holes would cost more than it finds.
+// allocated in advance, without being written (preallocation=metadata). We
+// then take its holes for zeros; in other images asking for holes would cost
+// more than it finds. QEMU does the same but counts only clusters in use, so
+// that we may find holes in a file with many free clusters where it does not.
 //
 // Source: QEMU block/qcow2-refcount.c, qcow2_detect_metadata_preallocation.
 func isSparse(f *os.File, fileSize, clusterSize int64) (bool, error) {
@@ -137,6 +138,7 @@ func isSparse(f *os.File, fileSize, clusterSize int64) (bool, error) {
 	if !ok || !info.Mode().IsRegular() {
 		return false, nil
 	}
-	written := stat.Blocks * 512
-	return fileSize >= max(written/9*10, written+2*clusterSize), nil
+	clusters := (fileSize + clusterSize - 1) / clusterSize
+	written := stat.Blocks * 512 / clusterSize
+	return clusters >= max(written*10/9, written+2), nil
 }
