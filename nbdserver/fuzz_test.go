@@ -1,0 +1,63 @@
+package nbdserver_test
+
+import (
+	"bytes"
+	"io"
+	"log/slog"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/nbdserver"
+)
+
+// fuzzServer takes the fuzzer's bytes from the client's end of a pipe and
+// drops what it answers. It returns once the server has hung up, which it must
+// do when the client has.
+func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
+	l := newPipeListener()
+	serve(f, l, nbdserver.Options{Budget: 1 << 20, Log: slog.New(slog.DiscardHandler)}, testExport())
+	return func(t *testing.T, input []byte) {
+		nc := l.dial()
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(time.Minute))
+		drained := make(chan error)
+		go func() {
+			_, err := io.Copy(io.Discard, nc)
+			drained <- err
+		}()
+		nc.Write(input) // fails when the server has had enough
+		// A request for a disconnect ends the transmission phase, an abort the
+		// handshake, and a deadline the waiting for the rest of a message.
+		nc.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		nc.Write(request{command: cmdDisc}.wire())
+		nc.SetReadDeadline(time.Now())
+		<-drained
+	}
+}
+
+func FuzzHandshake(f *testing.F) {
+	for _, seed := range [][]byte{
+		option(optList), option(optAbort), option(optExportName, "disk"), option(optGo, info("disk", 0, 1, 2, 3)),
+		option(optInfo, info("", 3)), option(optStartTLS), option(99, "data"),
+		wire(option(optStructured), option(optSetMeta, meta("disk", "base:allocation", "base:")), option(optGo, info("disk"))),
+		option(optListMeta, meta("disk")),
+	} {
+		f.Add(wire(fixedNewstyle|noZeroes, seed))
+	}
+	f.Fuzz(fuzzServer(f))
+}
+
+func FuzzTransmission(f *testing.F) {
+	for command := range uint16(9) {
+		q := request{command: command, cookie: 1, offset: piece, length: 5 * piece}
+		f.Add(wire(q.wire(), q.wire()))
+	}
+	f.Add(wire(request{command: cmdWrite, length: 5}.wire(), "12345", request{flags: reqOne, command: cmdStatus, length: 1 << 31}.wire()))
+	f.Add(bytes.Repeat(request{flags: df, command: cmdRead, length: testSize}.wire(), 20))
+	enter := wire(fixedNewstyle|noZeroes, option(optStructured), option(optSetMeta, meta("disk", "base:allocation")), option(optGo, info("disk")))
+	fuzz := fuzzServer(f)
+	f.Fuzz(func(t *testing.T, input []byte) { fuzz(t, wire(enter, input)) })
+}
+
+var _ net.Listener = (*pipeListener)(nil)
