@@ -139,12 +139,10 @@ func checkSame(t testing.TB, d image.Disk, want []byte) {
 		t.Fatalf("size: got %d, want %d", d.Size(), len(want))
 	}
 	steps := []int64{4 * kib, 300*kib + 17, 3 * mib, 511, mib}
-	got := make([]byte, 3*mib)
+	got, old := make([]byte, 3*mib), bytes.Repeat([]byte{0xee}, 3*mib)
 	for off, i := int64(0), 0; off < d.Size(); i++ {
 		p := got[:min(steps[i%len(steps)], d.Size()-off)]
-		for j := range p {
-			p[j] = 0xee // zeros must be written, too
-		}
+		copy(p, old) // zeros must be written, too
 		if err := image.ReadFull(d, p, off); err != nil {
 			t.Fatal(err)
 		}
@@ -161,7 +159,7 @@ func checkSame(t testing.TB, d image.Disk, want []byte) {
 func TestRead(t *testing.T) {
 	t.Parallel()
 	for _, options := range []string{"static=off", "static=on"} {
-		for _, size := range []int{512, mib, 33*mib + 3*512} {
+		for _, size := range []int{512, mib, 9*mib + 3*512} {
 			t.Run(fmt.Sprintf("%s,size=%d", options, size), func(t *testing.T) {
 				t.Parallel()
 				data := pattern(size)
@@ -183,9 +181,7 @@ func TestReadRewritten(t *testing.T) {
 	run(t, "qemu-img", "create", "-f", "vdi", path, "20M")
 	run(t, "qemu-io", "-f", "vdi", "-c", "write -P 3 15M 1M", "-c", "write -P 2 7M 3M", "-c", "write -P 1 512k 1M", path)
 	want := make([]byte, 20*mib)
-	for off, n := 15*mib, mib; n > 0; off, n = off+1, n-1 {
-		want[off] = 3
-	}
+	copy(want[15*mib:], bytes.Repeat([]byte{3}, mib))
 	copy(want[7*mib:], bytes.Repeat([]byte{2}, 3*mib))
 	copy(want[512*kib:], bytes.Repeat([]byte{1}, mib))
 	d := mustOpen(t, path)
@@ -290,11 +286,6 @@ func TestTruncated(t *testing.T) {
 			d, err := open(t, path)
 			if err == nil {
 				_, err = io.Copy(io.Discard, io.NewSectionReader(d, 0, d.Size()))
-				for _, mapErr := range d.Extents(t.Context(), 0, d.Size()) {
-					if mapErr != nil {
-						break
-					}
-				}
 			}
 			if !errors.Is(err, image.ErrCorrupt) {
 				t.Errorf("%s, cut %d, %d of %d bytes: got %v, want %v", options, i, info.Size()-cut, info.Size(), err, image.ErrCorrupt)

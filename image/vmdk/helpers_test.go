@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -115,11 +116,10 @@ func checkSame(t testing.TB, d image.Disk, rawPath string) {
 	}
 	steps := []int{4 * kib, 300*kib + 17, 64 * kib, 2 * mib, 511, 1 * mib}
 	got, want := make([]byte, 2*mib), make([]byte, 2*mib)
+	old := bytes.Repeat([]byte{0xee}, 2*mib) // reads of zeros must write them, too
 	for off, i := int64(0), 0; off < d.Size(); i++ {
 		n := min(int64(steps[i%len(steps)]), d.Size()-off)
-		for j := range got {
-			got[j] = 0xee // zeros must be written, too
-		}
+		copy(got, old[:n])
 		if err := image.ReadFull(d, got[:n], off); err != nil {
 			t.Fatal(err)
 		}
@@ -153,12 +153,12 @@ type memory struct{ *bytes.Reader }
 
 func (m memory) Extents(_ context.Context, off, length int64) iter.Seq2[image.Extent, error] {
 	return func(yield func(image.Extent, error) bool) {
-		p := make([]byte, 4*kib)
+		p, zeros := make([]byte, 4*kib), make([]byte, 4*kib)
 		off, length := image.Clip(off, length, m.Size())
 		for end := off + length; off < end; {
 			n := min(4*kib-off%(4*kib), end-off)
 			err := image.ReadFull(m, p[:n], off)
-			if !yield(image.Extent{Off: off, Len: n, Zero: image.IsZero(p[:n])}, err) {
+			if !yield(image.Extent{Off: off, Len: n, Zero: bytes.Equal(p[:n], zeros[:n])}, err) {
 				return
 			}
 			off += n
@@ -166,19 +166,29 @@ func (m memory) Extents(_ context.Context, off, length int64) iter.Seq2[image.Ex
 	}
 }
 
+var (
+	noise = sync.OnceValue(func() []byte {
+		p := make([]byte, mib)
+		rand.NewChaCha8([32]byte{}).Read(p)
+		return p
+	})
+	text = bytes.Repeat([]byte("some text of a guest's log file\n"), 8*kib)
+)
+
 // pattern returns size bytes with runs of zeros, of text and of noise, the
 // same for the same size.
 func pattern(size int) []byte {
 	r := rand.New(rand.NewPCG(1, uint64(size)))
-	noise := rand.NewChaCha8([32]byte{byte(size)})
 	p := make([]byte, size)
 	for off := 0; off < size; {
 		n := min(1+r.IntN(200*kib), size-off)
 		switch r.IntN(3) {
 		case 0:
-			noise.Read(p[off : off+n])
+			copy(p[off:off+n], noise()[r.IntN(mib-n):])
 		case 1:
-			copy(p[off:off+n], bytes.Repeat([]byte("some text of a guest's log file\n"), n/32+1))
+			copy(p[off:off+n], text)
+		case 2: // half of a small disk, most of a large one
+			n = min(n+size/10, size-off)
 		}
 		off += n
 	}

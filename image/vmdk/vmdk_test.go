@@ -294,6 +294,7 @@ func TestTruncated(t *testing.T) {
 			t.Parallel()
 			folder := t.TempDir()
 			data := pattern(2 * mib)
+			copy(data[2*mib-64*kib:], noise()) // QEMU leaves slack behind a compressed grain that is short
 			path := filepath.Join(folder, "disk.vmdk")
 			if tt.subformat == "written" {
 				path = write(t, memory{bytes.NewReader(data)})

@@ -42,7 +42,7 @@ func write(t testing.TB, d image.Disk) string {
 
 func TestWrite(t *testing.T) {
 	t.Parallel()
-	for _, size := range []int{0, 1, 512, 64*kib - 1, 64 * kib, 700*kib + 5*512, 32 * mib, 70*mib + 100} {
+	for _, size := range []int{0, 1, 512, 64*kib - 1, 64 * kib, 700*kib + 5*512, 32 * mib, 33*mib + 100} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			t.Parallel()
 			data := pattern(size)
