@@ -1,9 +1,14 @@
 package e2e_test
 
 import (
+	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -92,4 +97,88 @@ func TestInterrupt(t *testing.T) {
 	}
 	r.intact(t, r.backup(source).Point, source)
 	r.verified()
+}
+
+// TestBitRot flips a bit in a segment: verify finds it, a restore fails rather
+// than give wrong bytes, and the next backup of the same content heals it.
+func TestBitRot(t *testing.T) {
+	t.Parallel()
+	r := newRepo(t)
+	source := noiseDisk(t, 16*miB, 91)
+	b := r.backup(source)
+	flipBit(t, filepath.Join(r.data, "segments"))
+
+	res := r.run("repo", "verify", "--json")
+	if res.code != exitFailed {
+		t.Fatalf("%v\nwant exit status %d", res, exitFailed)
+	}
+	found := decode[struct {
+		Errors []struct {
+			Point  string `json:"point"`
+			Disk   string `json:"disk"`
+			Offset int64  `json:"offset"`
+			Reason string `json:"reason"`
+		} `json:"errors"`
+	}](t, res.stdout).Errors
+	if len(found) != 1 || found[0].Point != b.Point || found[0].Disk != b.Disks[0].Name || found[0].Offset%chunk != 0 || found[0].Reason == "" {
+		t.Fatalf("got errors %+v, want one that names the point, the disk and the chunk", found)
+	}
+	bad := found[0].Offset
+	to := filepath.Join(t.TempDir(), "restored.raw")
+	line := r.fails(exitFailed, "restore", "image", b.Point, "--to", to)
+	if !strings.Contains(line, strconv.FormatInt(bad, 10)) || !strings.Contains(line, b.Disks[0].Name) {
+		t.Errorf("got error %q, want it to name the disk %s and the offset %d", line, b.Disks[0].Name, bad)
+	}
+	if _, err := os.Stat(to); err == nil {
+		t.Errorf("the failed restore left %s", to)
+	}
+	e := r.export(b.Point)
+	read := func(off int64) error {
+		return exec.CommandContext(t.Context(), "qemu-io", "-r", "-f", "raw", "-c", fmt.Sprintf("read %d 4k", off), e.URI).Run()
+	}
+	if err := read(bad); err == nil {
+		t.Errorf("reading the bad chunk over NBD succeeded")
+	}
+	if err := read((bad + 4*miB) % (16 * miB)); err != nil {
+		t.Errorf("reading a good chunk over NBD: %v", err)
+	}
+	e.stop()
+
+	if d := r.backup(source).Disks[0]; d.NewBytes == 0 {
+		t.Errorf("the backup after verify stored nothing anew, want the bad chunk's content")
+	}
+	r.intact(t, b.Point, source)
+	r.verified()
+}
+
+// flipBit damages the middle of the largest file of a folder.
+func flipBit(t *testing.T, folder string) {
+	t.Helper()
+	var path string
+	var size int64
+	err := filepath.WalkDir(folder, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		if info, err := d.Info(); err == nil && info.Size() > size {
+			path, size = name, info.Size()
+		}
+		return nil
+	})
+	if err != nil || size == 0 {
+		t.Fatalf("no segment in %s: %v", folder, err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], size/2); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 0x10
+	if _, err := f.WriteAt(b[:], size/2); err != nil {
+		t.Fatal(err)
+	}
 }
