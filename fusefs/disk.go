@@ -50,7 +50,7 @@ func (f *diskFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut
 func (f *diskFile) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	h, err := f.tree.disks.open(ctx, f)
 	if err != nil {
-		return nil, 0, f.tree.failed(ctx, err, "opening a disk failed", f.logAttrs()...)
+		return nil, 0, f.tree.failed(ctx, err, "open a disk", f.logAttrs()...)
 	}
 	return h, openFlags, 0
 }
@@ -196,7 +196,7 @@ func (h *handle) Read(ctx context.Context, dest []byte, off int64) (fuse.ReadRes
 	case err := <-done:
 		if err != nil {
 			res.Done()
-			h.file.tree.log.LogAttrs(ctx, slog.LevelError, "reading a disk failed",
+			h.file.tree.log.LogAttrs(ctx, slog.LevelError, "a mount cannot read a disk",
 				append(h.file.logAttrs(), slog.Int64("offset", off), slog.Int64("length", n), slog.Any("error", err))...)
 			return nil, syscall.EIO
 		}
@@ -222,7 +222,7 @@ func (h *handle) Lseek(ctx context.Context, off uint64, whence uint32) (uint64, 
 	start := from - from%holeBlock
 	for e, err := range image.Coalesce(h.disk.disk.Extents(ctx, start, size-start)) {
 		if err != nil {
-			return 0, h.file.tree.failed(ctx, err, "reading the extents of a disk failed",
+			return 0, h.file.tree.failed(ctx, err, "read the extents of a disk",
 				append(h.file.logAttrs(), slog.Uint64("offset", off))...)
 		}
 		switch {

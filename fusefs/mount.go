@@ -162,7 +162,8 @@ func prepare(dir string) (string, error) {
 		return "", fmt.Errorf("%w: %w", ErrMountPoint, err)
 	}
 	if len(entries) > 0 {
-		return "", fmt.Errorf("%w: %s is not empty (it has %q); choose an empty folder", ErrMountPoint, path, entries[0].Name())
+		return "", fmt.Errorf("%w: %s is not empty (it has %q); choose an empty folder",
+			ErrMountPoint, path, entries[0].Name())
 	}
 	return path, nil
 }
@@ -185,11 +186,13 @@ func mountError(dir string, o Options, err error) error {
 	case deviceErr != nil || errors.Is(err, unix.ENODEV):
 		return fmt.Errorf("%w: mount at %s: %w; load the kernel module with: modprobe fuse", ErrNoFUSE, dir, err)
 	case root && errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w: mount at %s: %w; mounting needs the capability CAP_SYS_ADMIN and /dev/fuse", ErrNoFUSE, dir, err)
+		return fmt.Errorf("%w: mount at %s: %w; mounting needs the capability CAP_SYS_ADMIN and /dev/fuse",
+			ErrNoFUSE, dir, err)
 	case !root && helperErr != nil:
 		return fmt.Errorf("%w: mount at %s: fusermount3 is missing; install the package fuse3", ErrNoFUSE, dir)
 	case !root && o.AllowOther:
-		return fmt.Errorf("mount at %s: %w; letting other users in needs the line user_allow_other in /etc/fuse.conf", dir, err)
+		return fmt.Errorf("mount at %s: %w; letting other users in needs the line user_allow_other in /etc/fuse.conf",
+			dir, err)
 	}
 	return fmt.Errorf("mount at %s: %w", dir, err)
 }

@@ -56,7 +56,7 @@ func (t *tree) root() *folder {
 	return t.folder(t.mounted, living, func(ctx context.Context) ([]entry, error) {
 		vms, err := t.src.VMs(ctx)
 		if err != nil {
-			return nil, t.failed(ctx, err, "listing the virtual machines failed")
+			return nil, t.failed(ctx, err, "list virtual machines")
 		}
 		entries := make([]entry, len(vms))
 		for i, vm := range vms {
@@ -70,7 +70,7 @@ func (t *tree) vmFolder(vm string) *folder {
 	return t.folder(t.mounted, living, func(ctx context.Context) ([]entry, error) {
 		points, err := t.src.Points(ctx, vm)
 		if err != nil {
-			return nil, t.failed(ctx, err, "listing restore points failed", slog.String("vm", vm))
+			return nil, t.failed(ctx, err, "list restore points", slog.String("vm", vm))
 		}
 		names := pointNames(points)
 		entries := make([]entry, len(points), len(points)+1)
@@ -89,7 +89,8 @@ func (t *tree) pointFolder(vm string, p Point) *folder {
 	return t.folder(p.Time, forever, func(ctx context.Context) ([]entry, error) {
 		c, err := t.src.Contents(ctx, p.ID)
 		if err != nil {
-			return nil, t.failed(ctx, err, "reading a restore point failed", slog.String("vm", vm), slog.String("point", p.ID))
+			return nil, t.failed(ctx, err, "read a restore point",
+				slog.String("vm", vm), slog.String("point", p.ID))
 		}
 		entries := []entry{{name: "disks", node: t.disksFolder(vm, p, c.Disks)}}
 		for _, name := range slices.Sorted(maps.Keys(c.Files)) {
@@ -110,14 +111,15 @@ func (t *tree) disksFolder(vm string, p Point, disks []DiskInfo) *folder {
 
 // failed returns the errno for an error of the source, after logging it if
 // it is neither an interruption nor a thing that went away.
-func (t *tree) failed(ctx context.Context, err error, msg string, attrs ...slog.Attr) syscall.Errno {
+func (t *tree) failed(ctx context.Context, err error, doing string, attrs ...slog.Attr) syscall.Errno {
 	switch {
 	case ctx.Err() != nil:
 		return syscall.EINTR
 	case errors.Is(err, iofs.ErrNotExist):
 		return syscall.ENOENT
 	}
-	t.log.LogAttrs(ctx, slog.LevelError, msg, append(attrs, slog.Any("error", err))...)
+	attrs = append(attrs, slog.String("doing", doing), slog.Any("error", err))
+	t.log.LogAttrs(ctx, slog.LevelError, "a mount cannot show a restore point", attrs...)
 	return syscall.EIO
 }
 
