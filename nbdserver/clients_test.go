@@ -109,8 +109,11 @@ func TestNBDCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{
-		{"--connections=1"}, {"--connections=4"}, {"--connections=4", "--request-size=262144"},
-		{"--no-extents", "--synchronous"}, {"--no-extents", "--request-size=33554432"},
+		{"--connections=1"},
+		{"--connections=4"},
+		{"--connections=4", "--request-size=262144"},
+		{"--no-extents", "--synchronous"},
+		{"--no-extents", "--request-size=33554432"},
 	} {
 		to := filepath.Join(t.TempDir(), "copy")
 		if err := os.WriteFile(to, nil, 0o600); err != nil {

@@ -120,6 +120,9 @@ func (c *conn) execute(ctx context.Context, r request) *buffer {
 	default:
 		b = c.success(r)
 	}
+	if err != nil && ctx.Err() != nil {
+		return c.failure(r, problemDisk) // nobody is there to receive it
+	}
 	if err != nil {
 		c.log.ErrorContext(ctx, "cannot read an export's disk", slog.Uint64("offset", r.offset),
 			slog.Uint64("length", uint64(r.length)), slog.Any("error", err))

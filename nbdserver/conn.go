@@ -19,7 +19,8 @@ import (
 const requestCost = 4 << 10
 
 // sendBuffer is the buffer in bytes of a unix socket: room for a few replies of
-// the length that copying clients ask for, so that the writer seldom sleeps.
+// the length that copying clients ask for, so that the writer seldom sleeps. The
+// system may grant less.
 const sendBuffer = 2 << 20
 
 // conn is a client in the transmission phase.

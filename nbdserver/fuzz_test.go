@@ -4,16 +4,15 @@ import (
 	"bytes"
 	"io"
 	"log/slog"
-	"net"
 	"testing"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/nbdserver"
 )
 
-// fuzzServer takes the fuzzer's bytes from the client's end of a pipe and
-// drops what it answers. It returns once the server has hung up, which it must
-// do when the client has.
+// fuzzServer starts a server and returns a function that sends it the fuzzer's
+// bytes over a pipe and drops its answers. Clean-up waits for all connections:
+// one that does not end with its client makes the target hang.
 func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
 	l := newPipeListener()
 	serve(f, l, nbdserver.Options{Budget: 1 << 20, Log: slog.New(slog.DiscardHandler)}, testExport())
@@ -27,8 +26,7 @@ func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
 			drained <- err
 		}()
 		nc.Write(input) // fails when the server has had enough
-		// A request for a disconnect ends the transmission phase, an abort the
-		// handshake, and a deadline the waiting for the rest of a message.
+		// The server answers all that came before it hangs up over this one.
 		nc.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
 		nc.Write(request{command: cmdDisc}.wire())
 		nc.SetReadDeadline(time.Now())
@@ -59,5 +57,3 @@ func FuzzTransmission(f *testing.F) {
 	fuzz := fuzzServer(f)
 	f.Fuzz(func(t *testing.T, input []byte) { fuzz(t, wire(enter, input)) })
 }
-
-var _ net.Listener = (*pipeListener)(nil)

@@ -33,11 +33,10 @@ type choice struct {
 //
 // Source: NBD doc/proto.md, "Fixed newstyle negotiation".
 type negotiation struct {
-	server   *Server
-	conn     net.Conn
-	in       *bufio.Reader // goes on to be the input of the transmission phase
-	out      *bufio.Writer
-	deadline time.Time
+	server *Server
+	conn   net.Conn
+	in     *bufio.Reader // goes on to be the input of the transmission phase
+	out    *bufio.Writer
 
 	noZeroes   bool
 	structured bool
@@ -47,18 +46,14 @@ type negotiation struct {
 }
 
 func newNegotiation(s *Server, nc net.Conn) *negotiation {
-	return &negotiation{
-		server: s, conn: nc,
-		in: bufio.NewReaderSize(nc, readerSize), out: bufio.NewWriter(nc),
-		deadline: time.Now().Add(s.options.HandshakeTimeout),
-	}
+	return &negotiation{server: s, conn: nc, in: bufio.NewReaderSize(nc, readerSize), out: bufio.NewWriter(nc)}
 }
 
 // run greets the client and answers its options. It returns the choice with
 // which transmission begins, its export attached, or nil when the client left
 // or had to be dropped; the error says why and is nil for a polite farewell.
 func (n *negotiation) run() (*choice, error) {
-	if err := n.conn.SetDeadline(n.deadline); err != nil {
+	if err := n.conn.SetDeadline(time.Now().Add(n.server.options.HandshakeTimeout)); err != nil {
 		return nil, err
 	}
 	if err := n.greet(); err != nil {

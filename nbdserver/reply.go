@@ -4,6 +4,7 @@ import (
 	"math/bits"
 	"net"
 	"runtime"
+	"slices"
 	"sync"
 )
 
@@ -121,7 +122,7 @@ func (q *replyQueue) take() bool {
 			room -= len(b.b)
 			n++
 		}
-		*waiting = append((*waiting)[:0], (*waiting)[n:]...)
+		*waiting = slices.Delete(*waiting, 0, n)
 	}
 	q.writing = len(q.batch) > 0
 	return q.writing

@@ -72,7 +72,8 @@ var (
 	ErrInvalid = errors.New("invalid export")
 )
 
-// Options configure a Server. The zero value is the production default.
+// Options configure a Server. The zero value is the production default, and so
+// is each number that is zero or less.
 type Options struct {
 	// MaxConnections is how many clients may be connected at once, over all
 	// listeners; further ones are closed at once. Default 128.
@@ -96,11 +97,11 @@ type Options struct {
 }
 
 func (o Options) withDefaults() Options {
-	o.MaxConnections = cmp.Or(o.MaxConnections, 128)
-	o.HandshakeTimeout = cmp.Or(o.HandshakeTimeout, 10*time.Second)
-	o.DrainTimeout = cmp.Or(o.DrainTimeout, 10*time.Second)
-	o.Workers = cmp.Or(o.Workers, 16)
-	o.Budget = cmp.Or(o.Budget, 64<<20)
+	o.MaxConnections = cmp.Or(max(o.MaxConnections, 0), 128)
+	o.HandshakeTimeout = cmp.Or(max(o.HandshakeTimeout, 0), 10*time.Second)
+	o.DrainTimeout = cmp.Or(max(o.DrainTimeout, 0), 10*time.Second)
+	o.Workers = cmp.Or(max(o.Workers, 0), 16)
+	o.Budget = cmp.Or(max(o.Budget, 0), 64<<20)
 	o.Log = cmp.Or(o.Log, slog.Default())
 	return o
 }
@@ -238,15 +239,17 @@ func (s *Server) list() []*export {
 	return slices.SortedFunc(maps.Values(s.exports), func(a, b *export) int { return cmp.Compare(a.Name, b.Name) })
 }
 
-// Serve accepts clients on l until ctx is done, then closes l and lets each
-// client receive the replies to what it has asked, for at most
-// Options.DrainTimeout. It returns nil after the last connection has ended, or
-// the listener's error. Several listeners may be served at once.
+// Serve accepts clients on l until ctx is done, then lets each client receive
+// the replies to what it has asked, for at most Options.DrainTimeout. It returns
+// nil after the last connection has ended, or the listener's error; l is closed
+// in any case. A disk that never answers a read keeps Serve from returning.
+// Several listeners may be served at once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var clients sync.WaitGroup
 	defer clients.Wait()
 	defer cancel() // ends the clients when the listener failed
+	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 
 	for {

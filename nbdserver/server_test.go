@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -125,7 +126,7 @@ func TestRemove(t *testing.T) {
 
 func TestMaxConnections(t *testing.T) {
 	t.Parallel()
-	socket := start(t, nbdserver.Options{MaxConnections: 2}, testExport())
+	socket := start(t, nbdserver.Options{MaxConnections: 2, Log: slog.New(slog.DiscardHandler)}, testExport())
 	first, _ := dial(t, socket).enter("disk", true), dial(t, socket)
 	c, err := net.Dial("unix", socket)
 	if err != nil {
