@@ -174,6 +174,13 @@ func TestCopy(t *testing.T) {
 	path := writeImage(t, mustOpen(t, top))
 	run(t, "qemu-img", "check", "-f", "qcow2", path)
 	run(t, "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", top, path)
+
+	// QEMU goes on writing where the image ends: what is not in use counts as free.
+	qemuIO(t, path, "write 0 5M")
+	run(t, "qemu-img", "check", "-f", "qcow2", path)
+	if info, err := os.Stat(path); err != nil || info.Size() > 12*MiB {
+		t.Errorf("after more writes: got a file of %d bytes, %v, want 12 MiB at most", info.Size(), err)
+	}
 }
 
 func TestWriteFails(t *testing.T) {
