@@ -25,6 +25,7 @@ package vdi
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -119,7 +120,7 @@ func (m *Image) open() error {
 	buf := make([]byte, binary.Size(h))
 	n, err := m.file.ReadAt(buf, 0)
 	switch {
-	case err != nil && err != io.EOF:
+	case err != nil && !errors.Is(err, io.EOF):
 		return err
 	case !Match(buf[:n]):
 		return fmt.Errorf("%w: no VDI signature", image.ErrNotImage)
@@ -181,7 +182,7 @@ func (m *Image) read(p []byte, off int64) error {
 	if n == len(p) {
 		return nil
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = fmt.Errorf("%w: %s became shorter while it was open", image.ErrCorrupt, m.file.Name())
 	}
 	return err

@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	maxDescriptor = 512 << 10 // bytes; VMware's own are about 1 KiB and a line of 60 bytes an extent
+	maxDescriptor = 512 << 10 // bytes; enough for maxExtents lines
 	maxExtents    = 4096
 	noParent      = 0xffffffff // parentCID of a disk that stands alone
 )
@@ -27,7 +27,8 @@ const (
 // accessWord is how extent lines begin.
 var accessWord = regexp.MustCompile(`(?i)^(RW|RDONLY|NOACCESS)\s`)
 
-// descriptor is what the text says that matters for reading.
+// descriptor is what the text says that matters for reading. Its words are cut
+// to 80 letters in errors: they may be long.
 type descriptor struct {
 	createType string
 	parent     string // names the parent, "" if there is none
@@ -97,7 +98,7 @@ func (d *descriptor) set(key, value string) error {
 	case key == "parentcid":
 		cid, err := strconv.ParseUint(value, 16, 32)
 		if err != nil {
-			return fmt.Errorf("%w: parentCID %q", image.ErrCorrupt, value)
+			return fmt.Errorf("%w: parentCID %.80q", image.ErrCorrupt, value)
 		}
 		if cid != noParent && d.parent == "" {
 			d.parent = "content id " + value
@@ -115,7 +116,7 @@ func (d *descriptor) set(key, value string) error {
 // parseExtent reads one extent line. Names are checked when they are opened,
 // kinds in check.
 func parseExtent(line string) (extentLine, error) {
-	broken := fmt.Errorf("%w: extent line %q", image.ErrCorrupt, line)
+	broken := fmt.Errorf("%w: extent line %.80q", image.ErrCorrupt, line)
 	head, rest, quoted := strings.Cut(line, `"`)
 	fields := strings.Fields(head)
 	if len(fields) < 3 {
@@ -154,18 +155,18 @@ func (d descriptor) check(types ...string) error {
 	case d.createType == "":
 		return fmt.Errorf("%w: descriptor without createType", image.ErrCorrupt)
 	case !slices.ContainsFunc(types, isType):
-		return fmt.Errorf("%w: createType %q", image.ErrUnsupported, d.createType)
+		return fmt.Errorf("%w: createType %.80q", image.ErrUnsupported, d.createType)
 	case d.parent != "":
-		return fmt.Errorf("%w: snapshot on parent %s; consolidate the snapshots first", image.ErrUnsupported, d.parent)
+		return fmt.Errorf("%w: snapshot on parent %.80s; consolidate the snapshots first", image.ErrUnsupported, d.parent)
 	case len(d.extents) == 0:
 		return fmt.Errorf("%w: descriptor without extents", image.ErrCorrupt)
 	}
 	for _, e := range d.extents {
 		switch {
 		case e.kind != kindFlat && e.kind != kindSparse && e.kind != kindZero:
-			return fmt.Errorf("%w: %s extent %q", image.ErrUnsupported, e.kind, e.name)
+			return fmt.Errorf("%w: %.80s extent %.80q", image.ErrUnsupported, e.kind, e.name)
 		case e.access == "NOACCESS":
-			return fmt.Errorf("%w: NOACCESS extent %q", image.ErrUnsupported, e.name)
+			return fmt.Errorf("%w: NOACCESS extent %.80q", image.ErrUnsupported, e.name)
 		}
 	}
 	return nil

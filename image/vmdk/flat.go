@@ -41,7 +41,7 @@ func (f file) read(p []byte, off int64) error {
 	if n == len(p) {
 		return nil
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = fmt.Errorf("%w: %s became shorter while it was open", image.ErrCorrupt, f.Name())
 	}
 	return err

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -241,7 +242,7 @@ func (s *sparse) inflate(p []byte, start, place int64) error {
 	}
 	n, err := in.inflate(p, packed)
 	if err != nil {
-		return fmt.Errorf("%w: compressed grain at byte %d of %s: %v", image.ErrCorrupt, place, s.Name(), err)
+		return fmt.Errorf("%w: compressed grain at byte %d of %s: %w", image.ErrCorrupt, place, s.Name(), err)
 	}
 	// Only the disk's last grain may be short: QEMU ends it with the disk.
 	if int64(n) < min(s.grain, s.size-start) {
@@ -263,11 +264,13 @@ func (in *inflater) inflate(p, packed []byte) (int, error) {
 		return 0, err
 	}
 	n, err := io.ReadFull(in.zlib, p)
-	if err == io.ErrUnexpectedEOF && in.ended() {
+	switch {
+	case (err == nil || errors.Is(err, io.ErrUnexpectedEOF)) && in.ended():
 		return n, nil
-	}
-	if err == nil && !in.ended() {
+	case err == nil:
 		err = fmt.Errorf("more than %d bytes, or a wrong checksum", len(p))
+	case errors.Is(err, io.EOF): // an empty stream; the disk is not at its end
+		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }

@@ -96,7 +96,7 @@ type extent interface {
 func Open(f *os.File, o image.OpenOptions) (*Image, error) {
 	m := &Image{}
 	if err := m.open(f, o); err != nil {
-		m.Close()
+		err = errors.Join(err, m.Close())
 		f.Close() // once more if it is an extent, which does no harm
 		return nil, fmt.Errorf("vmdk %s: %w", f.Name(), err)
 	}
