@@ -27,10 +27,9 @@ func Listen(network, address string) (net.Listener, error) {
 	c, dialErr := net.DialTimeout(network, address, time.Second)
 	if dialErr == nil {
 		c.Close()
-		return nil, err
 	}
 	if !errors.Is(dialErr, syscall.ECONNREFUSED) {
-		return nil, err // alive but busy, or not ours to judge
+		return nil, err // alive, perhaps busy, or not ours to judge
 	}
 	if err := os.Remove(address); err != nil {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
