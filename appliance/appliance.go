@@ -1,0 +1,205 @@
+// Package appliance is what Holdfast does, as a Go API: it makes and opens a
+// repository, backs disks up into it, and gives restore points back as block
+// devices, as files and as image files. The command line is one user of it.
+//
+// It wires the other packages and holds no formats and no protocols of its own.
+// Each file has one subject: backup, points, export, mount, restore,
+// repository.
+//
+// # Invariants
+//
+//   - Everything that a request can get wrong is checked before the long work
+//     begins.
+//   - An error belongs to one [Kind], which a caller turns into an exit status or
+//     an HTTP status.
+//   - Results are JSON types: snake_case, sizes in bytes, times in UTC, lists
+//     never null.
+//
+// # Concurrency
+//
+// One process at a time has a data folder open. Methods of an [Appliance] may
+// run at the same time, but for Close.
+package appliance
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"filippo.io/age"
+
+	"github.com/holdfast-backup/holdfast/blockstore"
+)
+
+// maxKeyFile bounds the files that hold a passphrase or identities, bytes.
+const maxKeyFile = 1 << 20
+
+// Options say how a data folder is opened.
+type Options struct {
+	// PassphraseFile and IdentityFile name the files whose content opens an
+	// encrypted repository: a passphrase (a newline at its end is not part of it), or
+	// age identities. "" is none.
+	PassphraseFile string
+	IdentityFile   string
+	// Log hears of what needs attention but fails nothing. Nil discards it.
+	Log *slog.Logger
+}
+
+// store returns the options for the blockstore.
+func (o Options) store() (blockstore.Options, error) {
+	opened := blockstore.Options{Log: o.Log}
+	var err error
+	if o.PassphraseFile != "" {
+		if opened.Passphrase, err = readPassphrase(o.PassphraseFile); err != nil {
+			return opened, err
+		}
+	}
+	if o.IdentityFile != "" {
+		if opened.Identities, err = readIdentities(o.IdentityFile); err != nil {
+			return opened, err
+		}
+	}
+	return opened, nil
+}
+
+// Appliance is an open data folder.
+type Appliance struct {
+	dir  string // absolute
+	repo *blockstore.Repository
+	log  *slog.Logger
+}
+
+// Open opens the data folder dir and recovers what a crash left. It must be
+// closed.
+func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := o.store()
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	repo, err := blockstore.Open(dir, keys)
+	if err != nil {
+		return nil, openError(dir, err)
+	}
+	return &Appliance{dir: dir, repo: repo, log: o.Log}, nil
+}
+
+// openError adds what the blockstore does not know: where keys come from.
+func openError(dir string, err error) error {
+	if errors.Is(err, blockstore.ErrWrongKey) {
+		return fmt.Errorf("open %s: %w; name the right key's file with --passphrase-file or --identity-file", dir, err)
+	}
+	return fmt.Errorf("open %s: %w", dir, err)
+}
+
+// Close makes everything durable and closes the data folder.
+func (a *Appliance) Close() error {
+	if err := a.repo.Close(); err != nil {
+		return fmt.Errorf("close %s: %w", a.dir, err)
+	}
+	return nil
+}
+
+// InitOptions are the choices made once for a repository.
+type InitOptions struct {
+	// ChunkSize is a power of two from 16 KiB to 4 MiB, bytes; 0 is 64 KiB.
+	ChunkSize int64
+	// PassphraseFile and Recipients (in age's notation, "age1…") encrypt the
+	// repository if either is given. Any one of them opens it.
+	PassphraseFile string
+	Recipients     []string
+}
+
+// InitResult describes a new repository.
+type InitResult struct {
+	Data      string `json:"data"` // its folder
+	ChunkSize int64  `json:"chunk_size"`
+	Encrypted bool   `json:"encrypted"`
+}
+
+// Init makes a repository in dir, which is created if need be.
+func Init(dir string, o InitOptions) (InitResult, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return InitResult{}, err
+	}
+	if o.ChunkSize == 0 {
+		o.ChunkSize = blockstore.DefaultChunkSize
+	}
+	if o.ChunkSize < blockstore.MinChunkSize || o.ChunkSize > blockstore.MaxChunkSize || o.ChunkSize&(o.ChunkSize-1) != 0 {
+		return InitResult{}, invalid("chunk size %d: want a power of two from %d to %d bytes",
+			o.ChunkSize, blockstore.MinChunkSize, blockstore.MaxChunkSize)
+	}
+	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients}
+	for _, r := range o.Recipients {
+		if _, err := age.ParseX25519Recipient(r); err != nil {
+			return InitResult{}, invalid("recipient %q: want an age public key such as age1…: %v", r, err)
+		}
+	}
+	if o.PassphraseFile != "" {
+		if create.Passphrase, err = readPassphrase(o.PassphraseFile); err != nil {
+			return InitResult{}, err
+		}
+	}
+	if err := blockstore.Create(dir, create); err != nil {
+		return InitResult{}, fmt.Errorf("make a repository in %s: %w", dir, err)
+	}
+	return InitResult{Data: dir, ChunkSize: o.ChunkSize, Encrypted: create.Passphrase != "" || len(o.Recipients) > 0}, nil
+}
+
+// readPassphrase returns a file's content without the newline at its end.
+func readPassphrase(path string) (string, error) {
+	data, err := readSmall(path, maxKeyFile)
+	if err != nil {
+		return "", fmt.Errorf("read the passphrase: %w", err)
+	}
+	data = bytes.TrimSuffix(bytes.TrimSuffix(data, []byte("\n")), []byte("\r"))
+	if len(data) == 0 {
+		return "", fmt.Errorf("passphrase file %s is empty; write the passphrase into it", path)
+	}
+	return string(data), nil
+}
+
+// readIdentities returns the identities in an age key file.
+func readIdentities(path string) ([]age.Identity, error) {
+	data, err := readSmall(path, maxKeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("read the identities: %w", err)
+	}
+	identities, err := age.ParseIdentities(bytes.NewReader(data))
+	if err != nil {
+		return nil, fmt.Errorf("identity file %s: %w; want a file that age-keygen wrote", path, err)
+	}
+	return identities, nil
+}
+
+// readSmall reads a file of at most limit bytes.
+func readSmall(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}

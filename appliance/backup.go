@@ -1,0 +1,167 @@
+package appliance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/holdfast-backup/holdfast/blockstore"
+	"github.com/holdfast-backup/holdfast/image/diskfile"
+	"github.com/holdfast-backup/holdfast/ingest"
+)
+
+const (
+	// maxVMName is the longest name of a VM, bytes.
+	maxVMName = 255
+	// maxConfig bounds the configuration files of a point together, bytes: mounts
+	// keep them in memory.
+	maxConfig = 4 << 20
+)
+
+// crashConsistent is what an image file of unknown history can be trusted for:
+// its bytes are of one moment only if nobody wrote to it.
+const crashConsistent = "crash"
+
+// ReadFormats are the formats of image files that can be backed up; the first
+// stands for finding it out.
+var ReadFormats = []string{"auto", "raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"}
+
+// ImageBackup says which image files become a restore point.
+type ImageBackup struct {
+	VM    string
+	Files []string
+	// Disks names the files' disks, one a file. Without it a disk has the
+	// name of its file without the extension; where several files have the
+	// same, "-2" and so on follows.
+	Disks []string
+	// Format is one of ReadFormats, for all files; "" is auto.
+	Format string
+	// AllowOutside lets an image name files outside its folder: backing files,
+	// extents, parents.
+	AllowOutside bool
+	// ConfigFiles are saved with the point under their base names.
+	ConfigFiles []string
+}
+
+// DiskBackup tells what the backup of one disk took.
+type DiskBackup = ingest.DiskResult
+
+// BackupResult is a new restore point and what it took.
+type BackupResult struct {
+	Point       string       `json:"point"`
+	VM          string       `json:"vm"`
+	Time        time.Time    `json:"time"`
+	Mode        string       `json:"mode"`
+	Consistency string       `json:"consistency"`
+	Disks       []DiskBackup `json:"disks"`
+}
+
+// BackupImages backs image files up as the disks of one restore point. progress
+// may be nil. If it fails or ctx ends, no point is listed.
+func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress func(Progress)) (_ BackupResult, err error) {
+	names, err := b.check()
+	if err != nil {
+		return BackupResult{}, err
+	}
+	request := ingest.Request{VM: b.VM, Time: time.Now().UTC(), Consistency: crashConsistent}
+	if request.Config, err = readConfig(b.ConfigFiles); err != nil {
+		return BackupResult{}, fmt.Errorf("back up %s: %w", b.VM, err)
+	}
+	for i, path := range b.Files {
+		f, err := diskfile.Open(path, diskfile.Options{Format: diskfile.Format(b.Format), AllowOutside: b.AllowOutside})
+		if err != nil {
+			return BackupResult{}, fmt.Errorf("back up disk %s of %s: %w", names[i], b.VM, err)
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		request.Disks = append(request.Disks, ingest.Source{Name: names[i], Disk: f})
+	}
+	var tell func(ingest.Progress)
+	if progress != nil {
+		tell = func(p ingest.Progress) {
+			progress(Progress{Subject: "disk " + p.Name + " of " + b.VM, Done: p.Done, Total: p.Total, Unit: Bytes})
+		}
+	}
+	result, err := ingest.Run(ctx, a.repo, request, tell)
+	if err != nil {
+		return BackupResult{}, err
+	}
+	p := result.Point
+	return BackupResult{
+		Point: string(p.ID), VM: p.VM, Time: p.Time, Mode: p.Mode, Consistency: p.Consistency, Disks: result.Disks,
+	}, nil
+}
+
+// check holds a request to what can be done and returns the names of its disks.
+func (b ImageBackup) check() ([]string, error) {
+	switch {
+	case b.VM == "" || len(b.VM) > maxVMName || !printable(b.VM):
+		return nil, invalid("VM name %q: want 1 to %d bytes of UTF-8 without control characters", b.VM, maxVMName)
+	case len(b.Files) == 0:
+		return nil, invalid("no image file to back up")
+	case b.Format != "" && !slices.Contains(ReadFormats, b.Format):
+		return nil, invalid("unknown image format %q; known are %s", b.Format, strings.Join(ReadFormats, ", "))
+	case len(b.Disks) > 0 && len(b.Disks) != len(b.Files):
+		return nil, invalid("%d disk names for %d image files; name each disk or none", len(b.Disks), len(b.Files))
+	}
+	names := b.Disks
+	if len(names) == 0 {
+		names = defaultNames(b.Files)
+	}
+	for i, name := range names {
+		if !blockstore.ValidFileName(name) || !printable(name) {
+			return nil, invalid("disk name %q: want a file name of UTF-8 without control characters; choose one with --disk", name)
+		}
+		if slices.Contains(names[:i], name) {
+			return nil, invalid("two disks are named %q; give each a name of its own", name)
+		}
+	}
+	return names, nil
+}
+
+// defaultNames names disks for their files.
+func defaultNames(files []string) []string {
+	names := make([]string, len(files))
+	for i, path := range files {
+		base := filepath.Base(path)
+		stem := strings.TrimSuffix(base, filepath.Ext(base))
+		if stem == "" {
+			stem = base
+		}
+		name := stem
+		for n := 2; slices.Contains(names[:i], name); n++ {
+			name = fmt.Sprintf("%s-%d", stem, n)
+		}
+		names[i] = name
+	}
+	return names
+}
+
+// readConfig reads the files that are saved with a point.
+func readConfig(paths []string) (map[string][]byte, error) {
+	var total int64
+	config := map[string][]byte{}
+	for _, path := range paths {
+		name := filepath.Base(path)
+		if _, twice := config[name]; twice || !blockstore.ValidFileName(name) || !printable(name) {
+			return nil, invalid("configuration file %s: want file names that are valid and each used once", path)
+		}
+		data, err := readSmall(path, maxConfig-total)
+		if err != nil {
+			return nil, fmt.Errorf("read configuration file: %w", err)
+		}
+		total += int64(len(data))
+		config[name] = data
+	}
+	return config, nil
+}
+
+// printable reports whether s can be shown and written as JSON as it is.
+func printable(s string) bool {
+	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
+}

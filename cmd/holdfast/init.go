@@ -1,0 +1,41 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"github.com/holdfast-backup/holdfast/appliance"
+)
+
+func (p *program) initCommand() *cobra.Command {
+	o := appliance.InitOptions{ChunkSize: 64 << 10}
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Make a repository in the data folder",
+		Long: `Make a repository in the data folder, which must not hold one already.
+
+With --passphrase-file or --recipient everything in it is encrypted; any of those
+keys opens it later. Nobody can open it without one: keep them elsewhere too.
+Smaller chunks find more that is the same; larger ones need less memory and
+are faster to restore. The chunk size cannot be changed later.`,
+		Example: `  holdfast init
+  holdfast init --data /backup/holdfast --chunk-size 128KiB
+  holdfast init --passphrase-file /root/holdfast.key
+  holdfast init --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			o.PassphraseFile = p.passphraseFile
+			r, err := appliance.Init(p.data, o)
+			if err != nil {
+				return err
+			}
+			encrypted := "not encrypted"
+			if r.Encrypted {
+				encrypted = "encrypted"
+			}
+			return p.print(r, "made a repository in %s, %s, with chunks of %s\n", r.Data, encrypted, size(r.ChunkSize))
+		},
+	}
+	cmd.Flags().Var((*sizeFlag)(&o.ChunkSize), "chunk-size", "`size` of a chunk, a power of two from 16KiB to 4MiB")
+	cmd.Flags().StringArrayVar(&o.Recipients, "recipient", nil, "encrypt for this age public `key`; may be repeated")
+	return cmd
+}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/holdfast-backup/holdfast/appliance"
+)
+
+func (p *program) repoCommand() *cobra.Command {
+	return noun(&cobra.Command{
+		Use:   "repo",
+		Short: "Look after the repository",
+		Example: `  holdfast repo stats
+  holdfast repo verify --percent 10
+  holdfast repo gc`,
+	}, p.repoStatsCommand(), p.repoVerifyCommand(), p.repoGCCommand(), p.repoRebuildCommand())
+}
+
+func (p *program) repoStatsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "stats",
+		Short:   "Show what is stored and what it takes",
+		Example: "  holdfast repo stats --json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+				s, err := a.Stats(cmd.Context())
+				if err != nil {
+					return err
+				}
+				encrypted := "no"
+				if s.Encrypted {
+					encrypted = "yes"
+				}
+				t := newTable()
+				t.row("points", fmt.Sprint(s.Points))
+				t.row("disks of all points", size(s.LogicalBytes))
+				t.row("different data in them", size(s.UniqueBytes))
+				t.row("stored, compressed", size(s.StoredBytes))
+				t.row("chunks", fmt.Sprintf("%d of %s", s.Chunks, size(int64(s.ChunkSize))))
+				t.row("segments", fmt.Sprint(s.Segments))
+				t.row("encrypted", encrypted)
+				return p.print(s, "%s", t)
+			})
+		},
+	}
+}
+
+func (p *program) repoVerifyCommand() *cobra.Command {
+	percent := 100.0
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "Read the repository back and check every hash",
+		Long: `Read the repository back and check every chunk's hash. Exit status 1 if anything is
+damaged; what it belongs to is listed. The next backup that meets the same
+content stores it anew, which heals the points that need it.
+
+--percent 10 reads a tenth, those segments first that were verified longest ago.`,
+		Example: `  holdfast repo verify
+  holdfast repo verify --percent 10 --quiet`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+				r, err := a.Verify(cmd.Context(), percent, p.progress())
+				if err != nil {
+					return err
+				}
+				p.console.clear()
+				t := newTable("POINT", "VM", "DISK", "OFFSET", "LENGTH", "REASON")
+				for _, e := range r.Errors {
+					t.row(fmt.Sprintf("%.12s", e.Point), e.VM, e.Disk, fmt.Sprint(e.Offset), size(e.Length), oneLine(e.Reason))
+				}
+				if len(r.Errors) == 0 {
+					return p.print(r, "%d chunks, %s: all good\n", r.CheckedChunks, size(r.CheckedBytes))
+				}
+				if err := p.print(r, "%s", t); err != nil {
+					return err
+				}
+				return fmt.Errorf("verify %s: %d places are damaged; back the VMs up again to heal them", p.data, len(r.Errors))
+			})
+		},
+	}
+	cmd.Flags().Float64Var(&percent, "percent", percent, "share of the stored bytes to read, more than 0")
+	return cmd
+}
+
+func (p *program) repoGCCommand() *cobra.Command {
+	var o appliance.CollectOptions
+	cmd := &cobra.Command{
+		Use:   "gc",
+		Short: "Give back the space of what no point needs",
+		Long: `Give back the space of chunks that no restore point needs any more, such as after
+point delete. It can be interrupted at any moment; the next run goes on.
+
+With --max-unused segments keep up to that share of dead bytes, which saves copying
+what else is in them.`,
+		Example: `  holdfast repo gc --dry-run
+  holdfast repo gc --max-unused 5`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+				r, err := a.Collect(cmd.Context(), o, p.progress())
+				if err != nil {
+					return err
+				}
+				p.console.clear()
+				verb := "freed"
+				if o.DryRun {
+					verb = "would free"
+				}
+				return p.print(r, "%d records are needed, %d are not: %s %s\n", r.LiveChunks, r.DeadChunks, verb, size(r.FreedBytes))
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "only tell what would be freed")
+	cmd.Flags().Float64Var(&o.MaxUnusedPercent, "max-unused", 0, "`percent` of dead bytes that a segment may keep")
+	return cmd
+}
+
+func (p *program) repoRebuildCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rebuild-index",
+		Short: "Make the index anew from the segments",
+		Long: `Throw the index away and make it anew from the segments, which hold everything
+that counts. For an index that is damaged; a missing one comes back by itself.`,
+		Example: "  holdfast repo rebuild-index",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := appliance.RebuildIndex(cmd.Context(), p.data, p.options())
+			if err != nil {
+				return err
+			}
+			return p.print(r, "%d chunks and %d map nodes of %d segments entered\n", r.Chunks, r.Records-r.Chunks, r.Segments)
+		},
+	}
+}
