@@ -3,10 +3,11 @@
 //
 // # Finding the format
 //
-// Without a stated format the file's magic decides. A file without one that we know is a raw
-// disk if its size is a positive multiple of 512 bytes. So a guest that owns
-// a raw disk can make it look like another format by what it writes to its
-// first sector; state [Raw] for a file that is known to be raw.
+// Without a stated format the file's magic decides. A file without one that we
+// know is a raw disk if its size is a positive multiple of 512 bytes. So a
+// guest that owns a raw disk can make it look like another format by what it
+// writes to its first sector, or, less its last sector, like a VHD of fixed
+// size; state [Raw] for a file that is known to be raw.
 //
 // # Backing files and parents
 //
@@ -21,7 +22,8 @@
 //
 // [Write] makes an image under a temporary name in the target's folder, syncs
 // it, renames it unless the target exists by then, and syncs the folder. A
-// file with the target's name is whole. A crash leaves at most a file ".NAME.partial-RANDOM".
+// file with the target's name is whole. A crash leaves at most a file
+// ".NAME.partial-RANDOM".
 package diskfile
 
 import (
@@ -66,7 +68,7 @@ const (
 // driver is what a format can do.
 type driver struct {
 	format Format
-	match  func(head, foot []byte) bool // nil: has no magic
+	match  func(probed) bool // nil: has no magic
 	open   func(*os.File, image.OpenOptions) (image.DiskCloser, error)
 	write  func(context.Context, *os.File, image.Disk, image.WriteOptions) error // nil: read only
 }
@@ -77,12 +79,18 @@ var drivers = []driver{
 	{VHDX, atStart(vhdx.Match), opener(vhdx.Open), vhdx.Write},
 	{VMDK, atStart(vmdk.Match), opener(vmdk.Open), vmdk.Write},
 	{VDI, atStart(vdi.Match), opener(vdi.Open), nil},
-	{VHD, func(head, foot []byte) bool { return vhd.Match(head) || vhd.MatchFooter(foot) }, opener(vhd.Open), nil},
+	{VHD, func(p probed) bool { return vhd.Match(p.head) || vhd.MatchFooter(p.foot, p.size) }, opener(vhd.Open), nil},
 	{Raw, nil, opener(raw.Open), raw.Write},
 }
 
-func atStart(match func(head []byte) bool) func(head, foot []byte) bool {
-	return func(head, _ []byte) bool { return match(head) }
+// probed is what a format is found by.
+type probed struct {
+	size       int64
+	head, foot []byte // of the file, 4096 and 512 bytes or all of it
+}
+
+func atStart(match func(head []byte) bool) func(probed) bool {
+	return func(p probed) bool { return match(p.head) }
 }
 
 // opener turns the Open of a format into one that returns the interface.
@@ -214,7 +222,7 @@ func probe(f *os.File, size int64) (driver, error) {
 		return driver{}, err
 	}
 	for _, d := range drivers {
-		if d.match != nil && d.match(head, foot) {
+		if d.match != nil && d.match(probed{size, head, foot}) {
 			return d, nil
 		}
 	}

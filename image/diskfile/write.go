@@ -13,11 +13,12 @@ import (
 	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
-// Write writes d as a new image file at path: raw, qcow2, vmdk or vhdx. When it
-// returns nil the file is whole and on stable storage; when it fails, or ctx
-// ends, there is none. A file that is there already is left alone; the error
-// then wraps [os.ErrExist]. A block device takes a raw disk in place, if it is
-// large enough and nobody uses it; what an error leaves on it is neither the old nor the new disk.
+// Write writes d as a new image file at path: raw, qcow2, vmdk or vhdx. When
+// it returns nil the file is whole and on stable storage; when it fails, or
+// ctx ends, there is none. A file that is there already is left alone; the
+// error then wraps [os.ErrExist]. A block device takes a raw disk in place, if
+// it is large enough and nobody uses it; what an error leaves on it is neither
+// the old nor the new disk.
 func Write(ctx context.Context, path string, d image.Disk, format Format, o image.WriteOptions) error {
 	if err := write(ctx, path, d, format, o); err != nil {
 		return fmt.Errorf("write disk image %s: %w", path, err)

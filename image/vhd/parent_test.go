@@ -154,8 +154,8 @@ func TestDifferencing(t *testing.T) {
 	defer im.Close()
 	imgtest.Check(t, im, want)
 
-	// What none of the three has is zero: nothing more and nothing less. The base and the
-	// middle end inside the range.
+	// What none of the three has is zero: nothing more and nothing less. The
+	// base and the middle end inside the range.
 	middle, err := vhd.Open(imgtest.Open(t, filepath.Join(dir, "middle.vhd")), options())
 	if err != nil {
 		t.Fatal(err)

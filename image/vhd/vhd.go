@@ -20,10 +20,11 @@
 // # The disk's size
 //
 // Virtual PC cut disks to what the footer's cylinders, heads and sectors can
-// address; everyone else uses the footer's current size. The geometry
-// counts for images that Virtual PC ("vpc ") and older QEMU ("qemu") made, unless it
-// is the largest that can be written, as QEMU decides too. Images of
-// makers that QEMU does not know have their current size here: no byte may be missing in a backup.
+// address; everyone else uses the footer's current size. The geometry counts
+// for images that Virtual PC ("vpc ") and older QEMU ("qemu") made, unless it
+// is the largest that can be written, as QEMU decides too. Images of makers
+// that QEMU does not know have their current size here: no byte may be missing
+// in a backup.
 //
 // # Limits
 //
@@ -50,11 +51,17 @@ func Match(head []byte) bool {
 	return bytes.HasPrefix(head, []byte(footerCookie))
 }
 
-// MatchFooter reports whether foot, the last 512 bytes of a file, are the
-// intact footer of a VHD of fixed size.
-func MatchFooter(foot []byte) bool {
+// MatchFooter reports whether foot, the last 512 bytes of a file of fileSize
+// bytes, are the intact footer of a VHD of fixed size. A footer that would
+// leave out more of the file than itself does not count: a guest may have
+// written it to the end of its raw disk, to have the rest missing in a backup.
+func MatchFooter(foot []byte, fileSize int64) bool {
 	ft, err := parseFooter(foot)
-	return err == nil && ft.kind == kindFixed
+	if err != nil || ft.kind != kindFixed {
+		return false
+	}
+	size, err := ft.diskSize()
+	return err == nil && size >= fileSize-footerSize
 }
 
 // Image is a VHD, opened for reading.
@@ -172,7 +179,8 @@ func (im *Image) readParent(p []byte, off int64) error {
 }
 
 // Extents implements [image.Disk]. The extents of a disk of fixed size are
-// those of its file; of others, allocated sectors are data, and the rest is the parent's or zero.
+// those of its file; of others, allocated sectors are data, and the rest is
+// the parent's or zero.
 func (im *Image) Extents(ctx context.Context, off, length int64) iter.Seq2[image.Extent, error] {
 	off, length = image.Clip(off, length, im.size)
 	if im.blocks == nil {

@@ -135,11 +135,14 @@ func TestMatch(t *testing.T) {
 			t.Fatal(err)
 		}
 		foot := b[len(b)-512:]
-		if head, foot := vhd.Match(b[:8]), vhd.MatchFooter(foot); head != tt.head || foot != tt.foot {
+		if head, foot := vhd.Match(b[:8]), vhd.MatchFooter(foot, int64(len(b))); head != tt.head || foot != tt.foot {
 			t.Errorf("%s: got %v, %v, want %v, %v", tt.options, head, foot, tt.head, tt.foot)
 		}
+		if vhd.MatchFooter(foot, int64(len(b))+512) {
+			t.Errorf("%s: a footer that leaves out a sector matches", tt.options)
+		}
 		foot[100] ^= 1
-		if vhd.MatchFooter(foot) || vhd.MatchFooter(foot[1:]) || vhd.Match(nil) {
+		if vhd.MatchFooter(foot, 512) || vhd.MatchFooter(foot[1:], 511) || vhd.Match(nil) {
 			t.Errorf("%s: a damaged footer matches", tt.options)
 		}
 	}

@@ -23,8 +23,8 @@
 // # Limits
 //
 // A disk has at most 64 TiB. Differencing disks are refused, and so are images
-// whose log is not empty: replaying it means to change the file, and that is its owner's to do.
-// Memory is a fixed 4 MiB for cached parts of the BAT.
+// whose log is not empty: replaying it means to change the file, and that is
+// its owner's to do. Memory is a fixed 4 MiB for cached parts of the BAT.
 package vhdx
 
 import (

@@ -434,9 +434,9 @@ type window struct {
 	covered int // bytes from at on that a checksum covers; size where there is none
 }
 
-// windows are the parts that fuzzing changes: all that is not zero in an
-// image of Write with a small disk. Checksums are made right again, so that what they cover is
-// fuzzed too.
+// windows are the parts that fuzzing changes: all that is not zero in an image
+// of Write with a small disk. Checksums are made right again, so that what
+// they cover is fuzzed too.
 var windows = []window{
 	{0, 64, 64},
 	{header1At, 128, 4096},

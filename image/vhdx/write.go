@@ -43,10 +43,10 @@ func blockSizeFor(size int64) int64 {
 }
 
 // Write writes d as a VHDX of dynamic size into f, an empty file, in which
-// zeros stay holes. A size that is no multiple of 512 is
-// rounded up to one, as the format wants it. Blocks without data are marked as zero, so
-// that no reader may take them for undefined. The headers are written last: a
-// file that was cut off in the middle is no VHDX. The caller syncs and closes f.
+// zeros stay holes. A size that is no multiple of 512 is rounded up to one, as
+// the format wants it. Blocks without data are marked as zero, so that no
+// reader may take them for undefined. The headers are written last: a file
+// that was cut off in the middle is no VHDX. The caller syncs and closes f.
 func Write(ctx context.Context, f *os.File, d image.Disk, o image.WriteOptions) error {
 	if d.Size() == 0 || d.Size() > maxSize {
 		return fmt.Errorf("%w: a vhdx holds 1 to %d bytes, the disk has %d", image.ErrUnsupported, int64(maxSize), d.Size())

@@ -103,8 +103,8 @@ func extentAt(f *os.File, off, end int64) (image.Extent, error) {
 }
 
 // WriteSparse writes p at off, apart from its pages (4 KiB, counted from p's
-// start) that are all zeros: those stay holes of a new file. Neighbouring pages go out in
-// one write.
+// start) that are all zeros: those stay holes of a new file. Neighbouring
+// pages go out in one write.
 func WriteSparse(w io.WriterAt, p []byte, off int64) error {
 	for start := 0; start < len(p); {
 		n := dataPages(p[start:])

@@ -145,7 +145,8 @@ func QEMUMap(t testing.TB, format, path string) []image.Extent {
 
 // Check holds a disk against the bytes that it should have: its size, reads in
 // order, at random and past the end, by several goroutines at once; extents
-// without gaps, zero only where the bytes are, and those of a range being those of the whole.
+// without gaps, zero only where the bytes are, and those of a range being
+// those of the whole.
 func Check(t testing.TB, d image.Disk, want []byte) {
 	t.Helper()
 	size := int64(len(want))
