@@ -45,7 +45,7 @@ func open(t testing.TB, path string, o diskfile.Options) *diskfile.File {
 // TestSameDisk has QEMU make an image of the same disk in every format.
 func TestSameDisk(t *testing.T) {
 	t.Parallel()
-	want := imgtest.Random(12*mib, 1)
+	want := imgtest.Random(6*mib, 1)
 	plain := filepath.Join(t.TempDir(), "plain")
 	imgtest.WriteFile(t, plain, want)
 	for _, tt := range []struct {
@@ -81,7 +81,7 @@ func TestSameDisk(t *testing.T) {
 // read it back.
 func TestWrite(t *testing.T) {
 	t.Parallel()
-	want := imgtest.Random(12*mib+512, 2)
+	want := imgtest.Random(6*mib+512, 2)
 	plain := filepath.Join(t.TempDir(), "plain")
 	imgtest.WriteFile(t, plain, want)
 	for _, format := range []diskfile.Format{diskfile.Raw, diskfile.QCOW2, diskfile.VMDK, diskfile.VHDX} {

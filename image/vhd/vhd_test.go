@@ -50,7 +50,7 @@ func convert(t testing.TB, disk []byte, options string) (string, []byte) {
 func TestReadsQEMU(t *testing.T) {
 	t.Parallel()
 	for i, options := range []string{"subformat=dynamic", "subformat=fixed"} {
-		for _, size := range []int64{1000, 17*mib + 512*3, 24 * mib} {
+		for _, size := range []int64{1000, 9*mib + 512*3, 12 * mib} {
 			for _, force := range []string{"off", "on"} {
 				o := options + ",force_size=" + force
 				t.Run(fmt.Sprintf("%s,%d", o, size), func(t *testing.T) {

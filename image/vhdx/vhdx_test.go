@@ -61,7 +61,7 @@ func TestReadsQEMU(t *testing.T) {
 	} {
 		t.Run(options, func(t *testing.T) {
 			t.Parallel()
-			want := imgtest.Random(24*mib+512*5, uint64(i))
+			want := imgtest.Random(10*mib+512*5, uint64(i))
 			path := convert(t, want, options)
 			im := open(t, path)
 			imgtest.Check(t, im, want)
@@ -185,7 +185,11 @@ const (
 
 func TestDamaged(t *testing.T) {
 	t.Parallel()
-	disk := imgtest.Random(6*mib, 4)
+	disk := imgtest.Random(2*mib, 4)
+	intact, err := os.ReadFile(written(t, imgtest.Disk(disk)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	le := binary.LittleEndian
 	for _, tt := range []struct {
 		name   string
@@ -234,7 +238,7 @@ func TestDamaged(t *testing.T) {
 		{"differencing", func(b []byte) []byte { b[itemsAt+4] |= 2; return b }, image.ErrUnsupported, "differencing"},
 		{"size", func(b []byte) []byte { le.PutUint64(b[itemsAt+8:], 1<<60); return b }, image.ErrCorrupt, "larger"},
 		{"size too large for the table", func(b []byte) []byte { le.PutUint64(b[itemsAt+8:], 1<<45); return b }, image.ErrCorrupt, "block table"},
-		{"size of half a sector", func(b []byte) []byte { le.PutUint64(b[itemsAt+8:], 6*mib-256); return b }, image.ErrCorrupt, "sectors"},
+		{"size of half a sector", func(b []byte) []byte { le.PutUint64(b[itemsAt+8:], 2*mib-256); return b }, image.ErrCorrupt, "sectors"},
 		{"block outside", func(b []byte) []byte { le.PutUint64(b[batAt+8:], 1<<63|6); return b }, image.ErrCorrupt, "outside"},
 		{"block in the header", func(b []byte) []byte { le.PutUint64(b[batAt:], 6); return b }, image.ErrCorrupt, "outside"},
 		{"partly present block", func(b []byte) []byte { b[batAt] |= 7; return b }, image.ErrCorrupt, "state 7"},
@@ -249,8 +253,8 @@ func TestDamaged(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			path := written(t, imgtest.Disk(disk))
-			edit(t, path, tt.change)
+			path := filepath.Join(t.TempDir(), "disk.vhdx")
+			imgtest.WriteFile(t, path, tt.change(bytes.Clone(intact)))
 			im, err := vhdx.Open(imgtest.Open(t, path), image.OpenOptions{})
 			if err == nil {
 				defer im.Close()
