@@ -48,6 +48,8 @@ func (f *diskFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut
 
 // Open implements [fs.NodeOpener].
 func (f *diskFile) Open(ctx context.Context, _ uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	ctx, cancel := untilKilled(ctx)
+	defer cancel()
 	h, err := f.tree.disks.open(ctx, f)
 	if err != nil {
 		return nil, 0, f.tree.failed(ctx, err, "open a disk", f.logAttrs()...)
@@ -176,8 +178,8 @@ func (h *handle) Release(context.Context) syscall.Errno {
 }
 
 // Read implements [fs.FileReader]. The disk is read in a goroutine and into a
-// buffer of our own, so that an interrupted caller can be let go while the
-// storage hangs: without an answer the kernel keeps even a killed process.
+// buffer of our own, so that a killed caller can be let go while the
+// storage hangs: without an answer the kernel keeps it.
 func (h *handle) Read(ctx context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	_, n := image.Clip(off, int64(len(dest)), h.file.info.Size)
 	if n == 0 {
@@ -192,18 +194,25 @@ func (h *handle) Read(ctx context.Context, dest []byte, off int64) (fuse.ReadRes
 		defer d.release()
 		done <- image.ReadFull(d.disk, res.data, off)
 	})
+	var err error
 	select {
-	case err := <-done:
-		if err != nil {
-			res.Done()
-			h.file.tree.log.LogAttrs(ctx, slog.LevelError, "a mount cannot read a disk",
-				append(h.file.logAttrs(), slog.Int64("offset", off), slog.Int64("length", n), slog.Any("error", err))...)
-			return nil, syscall.EIO
-		}
-		return res, 0
+	case err = <-done:
 	case <-ctx.Done():
-		return nil, syscall.EINTR // the buffer stays with the read
+		killed, cancel := untilKilled(ctx)
+		defer cancel()
+		select {
+		case err = <-done:
+		case <-killed.Done():
+			return nil, syscall.EINTR // the buffer stays with the read
+		}
 	}
+	if err != nil {
+		res.Done()
+		h.file.tree.log.LogAttrs(ctx, slog.LevelError, "a mount cannot read a disk",
+			append(h.file.logAttrs(), slog.Int64("offset", off), slog.Int64("length", n), slog.Any("error", err))...)
+		return nil, syscall.EIO
+	}
+	return res, 0
 }
 
 // Lseek implements [fs.FileLseeker] for SEEK_DATA and SEEK_HOLE, the only ones
@@ -218,6 +227,8 @@ func (h *handle) Lseek(ctx context.Context, off uint64, whence uint32) (uint64, 
 	if whence != unix.SEEK_DATA && whence != unix.SEEK_HOLE {
 		return 0, syscall.EINVAL
 	}
+	ctx, cancel := untilKilled(ctx)
+	defer cancel()
 	from := int64(off)
 	start := from - from%holeBlock
 	for e, err := range image.Coalesce(h.disk.disk.Extents(ctx, start, size-start)) {

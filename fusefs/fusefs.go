@@ -42,8 +42,9 @@
 // # Concurrency
 //
 // The kernel's requests are answered in parallel, each in a goroutine of its own; reads
-// of up to [maxRead] bytes each. A request whose caller was interrupted or killed is
-// answered with EINTR at once; the disk read that it started ends by itself.
+// of up to [maxRead] bytes each. A request whose caller is being killed is answered
+// with EINTR at once; the disk read that it started ends by itself. Other signals
+// interrupt nothing, as on a disk's file system.
 package fusefs
 
 import (
@@ -68,8 +69,8 @@ var (
 )
 
 // Source is what a mount shows. Its methods are called from many goroutines at
-// once. Their context ends when the process that asked was interrupted, or at
-// unmounting; it must not be used after they return. An error that wraps
+// once. Their context ends when the process that asked is killed; it must not be
+// used after they return. An error that wraps
 // [io/fs.ErrNotExist] (the point was deleted meanwhile) becomes ENOENT; any
 // other is logged and becomes EIO.
 type Source interface {

@@ -34,6 +34,7 @@ type memDisk struct {
 	opens   int           // how often it was opened
 	open    int           // how often it is open now
 	reads   int
+	bytes   int // asked for by reads
 }
 
 var errBad = errors.New("segment 7 is corrupt")
@@ -78,6 +79,7 @@ func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
 	hang := d.hang
 	bad := off < d.badTo && off+int64(len(p)) > d.badFrom
 	d.reads++
+	d.bytes += len(p)
 	d.mu.Unlock()
 	if hang != nil {
 		<-hang

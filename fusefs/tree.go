@@ -110,7 +110,7 @@ func (t *tree) disksFolder(vm string, p Point, disks []DiskInfo) *folder {
 }
 
 // failed returns the errno for an error of the source, after logging it if
-// it is neither an interruption nor a thing that went away.
+// it is neither a killed caller's nor a thing that went away.
 func (t *tree) failed(ctx context.Context, err error, doing string, attrs ...slog.Attr) syscall.Errno {
 	switch {
 	case ctx.Err() != nil:
@@ -229,6 +229,8 @@ func (d *folder) find(ctx context.Context, name string) (entry, error) {
 
 // Lookup implements [fs.NodeLookuper].
 func (d *folder) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	ctx, cancel := untilKilled(ctx)
+	defer cancel()
 	e, err := d.find(ctx, name)
 	if err != nil {
 		return nil, fs.ToErrno(err)
@@ -244,6 +246,8 @@ func (d *folder) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*
 
 // Readdir implements [fs.NodeReaddirer].
 func (d *folder) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
+	ctx, cancel := untilKilled(ctx)
+	defer cancel()
 	entries, _, err := d.refresh(ctx)
 	if err != nil {
 		return nil, fs.ToErrno(err)
