@@ -3,6 +3,7 @@ package nbdserver
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -28,12 +29,20 @@ type conn struct {
 	choice
 	options Options
 	net     net.Conn
-	in      *bufio.Reader // owned by the reader
 	out     *replyQueue
 	log     *slog.Logger
 
+	// Owned by the reader.
+	in      *bufio.Reader
+	jobs    chan job // to the workers
+	started int      // workers
+
 	budget  *semaphore.Weighted
 	pending atomic.Int64 // requests handed to workers whose reply is not queued yet
+	quick   atomic.Int64 // requests that were quick since the last that was not, up to quickRun
+	relief  *relief
+	readers sync.WaitGroup // the reader, and those who were and still execute a request
+	workers sync.WaitGroup
 }
 
 // job is a request with the bytes of the budget that it holds.
@@ -43,11 +52,13 @@ type job struct {
 }
 
 func newConn(o Options, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.Logger) *conn {
-	return &conn{
+	c := &conn{
 		choice: chosen, options: o, net: nc, in: in, log: log,
-		out:    &replyQueue{conn: nc},
+		jobs:   make(chan job),
 		budget: semaphore.NewWeighted(o.Budget),
 	}
+	c.out = &replyQueue{conn: nc, release: c.budget.Release}
+	return c
 }
 
 // serve answers requests until the client leaves, its export is removed or ctx
@@ -70,20 +81,41 @@ func (c *conn) serve(ctx context.Context) error {
 		c.net.SetWriteDeadline(now.Add(c.options.DrainTimeout))
 	})()
 	c.out.failed = func() { stopWorking(); stopReading() }
-	c.out.release = c.budget.Release
 
-	jobs := make(chan job)
-	var workers sync.WaitGroup
-	err := c.receive(reading, jobs, func() { workers.Go(func() { c.work(working, jobs) }) })
-	close(jobs)
-	workers.Wait()
+	ended := make(chan error, 1)
+	startReader := func() {
+		c.readers.Go(func() {
+			if err := c.receive(reading, working); !errors.Is(err, errRelieved) {
+				ended <- err
+			}
+		})
+	}
+	c.relief = newRelief(startReader)
+	startReader()
+	err := <-ended
+	c.relief.timer.Stop()
+	close(c.jobs)
+	c.readers.Wait()
+	c.workers.Wait()
 	return err
 }
 
-// receive is the reader: it hands requests to workers, of which start makes one
-// more.
-func (c *conn) receive(ctx context.Context, jobs chan<- job, start func()) error {
-	workers := 0
+var errRelieved = errors.New("another goroutine has become the reader")
+
+// receive is the reader. It hands requests to workers, or executes them itself
+// while the disk is quick; the replies to those leave when no further request
+// has arrived. It returns when there is nothing more to read, or with
+// errRelieved.
+func (c *conn) receive(reading, working context.Context) error {
+	held := true // replies may wait for a flush; a reader before may have left some
+	flush := func() {
+		if held {
+			c.out.flush(false)
+			held = false
+		}
+	}
+	flush()
+	defer flush()
 	for {
 		r, err := readRequest(c.in)
 		if err != nil {
@@ -93,6 +125,7 @@ func (c *conn) receive(ctx context.Context, jobs chan<- job, start func()) error
 		case cmdDisc:
 			return nil
 		case cmdWrite:
+			flush()
 			if r.length > maxPayload {
 				return fmt.Errorf("%w: a write of %d bytes", errProtocol, r.length)
 			}
@@ -101,34 +134,71 @@ func (c *conn) receive(ctx context.Context, jobs chan<- job, start func()) error
 			}
 		}
 		j := job{r, min(requestCost+c.replySize(r), c.options.Budget)}
-		if err := c.budget.Acquire(ctx, j.cost); err != nil {
-			return err
+		if !c.budget.TryAcquire(j.cost) {
+			flush()
+			if err := c.budget.Acquire(reading, j.cost); err != nil {
+				return err
+			}
 		}
-		c.pending.Add(1)
-		select {
-		case jobs <- j: // somebody is idle
+		if c.quick.Load() < quickRun || j.cost > smallReply {
+			flush()
+			if err := c.dispatch(reading, working, j); err != nil {
+				return err
+			}
 			continue
-		default:
 		}
-		if workers < c.options.Workers {
-			workers++
-			start()
+		more := c.in.Buffered() >= requestLen
+		turn := c.relief.begin()
+		c.out.add(c.perform(working, j))
+		held = true
+		if !more {
+			flush()
 		}
-		select {
-		case jobs <- j:
-		case <-ctx.Done():
-			return ctx.Err()
+		if !c.relief.end(turn) {
+			return errRelieved
 		}
 	}
 }
 
-func (c *conn) work(ctx context.Context, jobs <-chan job) {
-	for j := range jobs {
-		b := c.execute(ctx, j.request)
-		b.cost = j.cost
-		// While others are at work, their replies may leave with ours.
-		c.out.send(b, c.pending.Add(-1) > 0)
+// dispatch hands a job to a worker, a new one if none is idle.
+func (c *conn) dispatch(reading, working context.Context, j job) error {
+	c.pending.Add(1)
+	select {
+	case c.jobs <- j: // somebody is idle
+		return nil
+	default:
 	}
+	if c.started < c.options.Workers {
+		c.started++
+		c.workers.Go(func() { c.work(working) })
+	}
+	select {
+	case c.jobs <- j:
+		return nil
+	case <-reading.Done():
+		return reading.Err()
+	}
+}
+
+func (c *conn) work(ctx context.Context) {
+	for j := range c.jobs {
+		c.out.add(c.perform(ctx, j))
+		// While others are at work, their replies may leave with ours.
+		c.out.flush(c.pending.Add(-1) > 0)
+	}
+}
+
+// perform executes a job and notes whether the disk was quick.
+func (c *conn) perform(ctx context.Context, j job) *buffer {
+	began := time.Now()
+	b := c.execute(ctx, j.request)
+	b.cost = j.cost
+	if time.Since(began) > quickly {
+		c.quick.Store(0)
+	} else if c.quick.Load() < quickRun {
+		c.quick.Add(1)
+	}
+	return b
 }
 
 func ignoreEOF(err error) error {

@@ -64,9 +64,9 @@ const (
 	batchReplies = 1024
 )
 
-// replyQueue sends replies. Whoever adds one while nobody is writing becomes
-// the writer until the queue is empty. What has gathered meanwhile leaves with
-// one system call.
+// replyQueue sends replies. Whoever flushes it while nobody is writing becomes
+// the writer until it is empty. What has gathered meanwhile leaves with one
+// system call.
 type replyQueue struct {
 	conn    net.Conn
 	release func(cost int64) // called as replies leave memory
@@ -83,17 +83,22 @@ type replyQueue struct {
 	vectors net.Buffers
 }
 
-// send takes over b. It returns when b is sent, is dropped because the client
-// is gone, or has become another caller's to send. more says that further
-// replies are likely to come in a moment.
-func (q *replyQueue) send(b *buffer, more bool) {
+// add queues a reply, which is the queue's from then on. Somebody must flush.
+func (q *replyQueue) add(b *buffer) {
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	if len(b.b) <= smallReply {
 		q.small = append(q.small, b)
 	} else {
 		q.large = append(q.large, b)
 	}
-	if q.writing {
+}
+
+// flush returns when the queue is empty or somebody else is writing. more says
+// that further replies are likely to come in a moment.
+func (q *replyQueue) flush(more bool) {
+	q.mu.Lock()
+	if q.writing || len(q.small)+len(q.large) == 0 {
 		q.mu.Unlock()
 		return
 	}

@@ -12,15 +12,17 @@
 // The handshake runs in one goroutine. The transmission phase has
 //
 //	one reader     takes requests off the socket, waits for the byte budget,
-//	               hands each request to a worker
+//	               hands each request to a worker; while the disk answers
+//	               within microseconds, it executes small ones itself, and
+//	               another goroutine goes on reading if one then takes long
 //	workers        started as they are needed, at most Options.Workers; each reads the disk and
 //	               builds the whole reply in one pooled buffer
 //	one writer     a role, not a goroutine: a worker that finds nobody
 //	               writing writes, and goes on until nothing waits
 //
-// So one request at a time costs no handing over of its reply, while under load
-// many replies leave with one system call. Replies overtake each other, and
-// small ones overtake large ones.
+// So a request to a quick disk wakes no other goroutine, a slow disk is read in
+// parallel, and under load many replies leave with one system call. Replies
+// overtake each other, and small ones overtake large ones.
 //
 // # Invariants
 //
