@@ -195,5 +195,15 @@ func identicalExport(t *testing.T, uri, raw string) {
 // included.
 func identical(t *testing.T, format, image, raw string) {
 	t.Helper()
-	tool(t, "qemu-img", "compare", "-s", "-f", format, "-F", "raw", image, raw)
+	tool(t, "qemu-img", "compare", "-f", format, "-F", "raw", image, raw)
+	got := decode[struct {
+		Size int64 `json:"virtual-size"`
+	}](t, tool(t, "qemu-img", "info", "--output=json", "-f", format, image)).Size
+	info, err := os.Stat(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != info.Size() {
+		t.Errorf("%s: got a disk of %d bytes, want %d", image, got, info.Size())
+	}
 }

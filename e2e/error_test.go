@@ -226,7 +226,7 @@ func tmpfs(t *testing.T, size string) string {
 	t.Helper()
 	dir := t.TempDir()
 	tool(t, "mount", "-t", "tmpfs", "-o", "size="+size, "none", dir)
-	t.Cleanup(func() { tool(t, "umount", "-l", dir) })
+	t.Cleanup(func() { unmount(t, dir) })
 	return dir
 }
 
