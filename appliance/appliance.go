@@ -98,9 +98,13 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	return &Appliance{dir: dir, repo: repo, log: o.Log}, nil
 }
 
-// openError adds what the blockstore does not know: where keys come from.
+// openError adds what the blockstore does not know, such as where keys come from.
 func openError(dir string, err error) error {
-	if errors.Is(err, blockstore.ErrWrongKey) {
+	_, locked := errors.AsType[*blockstore.LockedError](err)
+	switch {
+	case locked || errors.Is(err, blockstore.ErrNotRepository):
+		return err // it says all
+	case errors.Is(err, blockstore.ErrWrongKey):
 		return fmt.Errorf("open %s: %w; name the right key's file with --passphrase-file or --identity-file", dir, err)
 	}
 	return fmt.Errorf("open %s: %w", dir, err)
@@ -156,7 +160,7 @@ func Init(dir string, o InitOptions) (InitResult, error) {
 		}
 	}
 	if err := blockstore.Create(dir, create); err != nil {
-		return InitResult{}, fmt.Errorf("make a repository in %s: %w", dir, err)
+		return InitResult{}, fmt.Errorf("make a repository: %w", err)
 	}
 	return InitResult{Data: dir, ChunkSize: o.ChunkSize, Encrypted: create.Passphrase != "" || len(o.Recipients) > 0}, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -38,7 +39,9 @@ type ImageBackup struct {
 	Files []string
 	// Disks names the files' disks, one a file. Without it a disk has the
 	// name of its file without the extension; where several files have the
-	// same, "-2" and so on follows.
+	// same, "-2" and so on follows. But a single file keeps the name of the
+	// single disk in the VM's last point if that has the same size: the files
+	// of a disk's snapshots are often named by date.
 	Disks []string
 	// Format is one of ReadFormats, for all files; "" is auto.
 	Format string
@@ -81,6 +84,9 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 		defer func() { err = errors.Join(err, f.Close()) }()
 		request.Disks = append(request.Disks, ingest.Source{Name: names[i], Disk: f})
 	}
+	if len(b.Disks) == 0 {
+		a.keepName(ctx, b.VM, request.Disks)
+	}
 	var tell func(ingest.Progress)
 	if progress != nil {
 		tell = func(p ingest.Progress) {
@@ -95,6 +101,21 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	return BackupResult{
 		Point: string(p.ID), VM: p.VM, Time: p.Time, Mode: p.Mode, Consistency: p.Consistency, Disks: result.Disks,
 	}, nil
+}
+
+// keepName gives a single disk that nobody named the name it had before.
+func (a *Appliance) keepName(ctx context.Context, vm string, disks []ingest.Source) {
+	last, ok := a.repo.Latest(vm)
+	if !ok || len(disks) != 1 || len(last.Disks) != 1 {
+		return
+	}
+	name := last.Disks[0].Name
+	if disks[0].Name == name || disks[0].Disk.Size() != last.Disks[0].Map.Size {
+		return
+	}
+	a.log.WarnContext(ctx, "the disk keeps its name from the last point; --disk names it otherwise",
+		slog.String("vm", vm), slog.String("disk", name))
+	disks[0].Name = name
 }
 
 // check holds a request to what can be done and returns the names of its disks.

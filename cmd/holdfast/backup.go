@@ -26,13 +26,13 @@ func (p *program) backupImageCommand() *cobra.Command {
 Only what the VM's last point does not have is stored. Nobody should write to the
 files meanwhile: stop the VM, or name the files of a snapshot.
 
-A disk has the name of its file without the extension, unless --disk names it. Keep
-a disk's name over time: it is compared with the disk of that name in the VM's
-last point.`,
+A disk has the name of its file without the extension, unless --disk names it; a single
+FILE of the same size as the single disk in the VM's last point keeps that name. A disk
+is compared with that of its name in the last point.`,
 		Example: `  holdfast backup image /var/lib/libvirt/images/web.qcow2 --vm web
   holdfast backup image system.vmdk data.vmdk --vm db --disk sda --disk sdb
   holdfast backup image web.img --vm web --format raw --config web.xml --json`,
-		Args: cobra.MinimumNArgs(1),
+		Args: arguments("FILE…"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b.Files = args
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {

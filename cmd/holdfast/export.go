@@ -33,7 +33,7 @@ reach need --allow-remote, and the socket of --unix is for those who may write t
 		Example: `  holdfast export add web@latest
   holdfast export add 1f00aa27 --disk vda --unix /run/web.sock --json
   qemu-img convert -O qcow2 nbd://127.0.0.1:10809/web/1f00aa27/vda web.qcow2`,
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments("POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.Point = args[0]

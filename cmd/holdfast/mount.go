@@ -37,7 +37,7 @@ unmounts DIR, which is its normal end: exit status 0.`,
 		Example: `  holdfast mount ~/points
   holdfast mount /mnt/points --foreground --allow-other
   holdfast unmount ~/points`,
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments("DIR"),
 		ValidArgsFunction: completeFolder,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !foreground && !detached {
@@ -129,7 +129,7 @@ func (p *program) unmountCommand() *cobra.Command {
 		Long: `End the mount at DIR, whichever process serves it, and wait until that has let go of
 the data folder. While something uses the mount it is tried again for 10 seconds.`,
 		Example:           "  holdfast unmount ~/points",
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments("DIR"),
 		ValidArgsFunction: completeFolder,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := appliance.Unmount(cmd.Context(), p.data, args[0]); err != nil {

@@ -57,7 +57,7 @@ func (p *program) pointShowCommand() *cobra.Command {
 		Use:               "show POINT",
 		Short:             "Describe a restore point",
 		Example:           "  holdfast point show web@latest",
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments("POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
@@ -89,7 +89,7 @@ func (p *program) pointDeleteCommand() *cobra.Command {
 What only they needed keeps its space until repo gc gives it back.`,
 		Example: `  holdfast point delete 1f00aa27 web@2026-01-30T18:00:00Z
   holdfast repo gc`,
-		Args:              cobra.MinimumNArgs(1),
+		Args:              arguments("POINT…"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
@@ -117,7 +117,7 @@ Disks are compared by name, across VMs too. A disk that only one of the points
 has is compared with an empty one.`,
 		Example: `  holdfast point diff 1f00aa27 web@latest
   holdfast point diff 1f00aa27 web@latest --disk vda --json`,
-		Args:              cobra.ExactArgs(2),
+		Args:              arguments("POINT", "POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {

@@ -73,7 +73,7 @@ content stores it anew, which heals the points that need it.
 					t.row(fmt.Sprintf("%.12s", e.Point), e.VM, e.Disk, fmt.Sprint(e.Offset), size(e.Length), oneLine(e.Reason))
 				}
 				if len(r.Errors) == 0 {
-					return p.print(r, "%d chunks, %s: all good\n", r.CheckedChunks, size(r.CheckedBytes))
+					return p.print(r, "%d records read, %s: all good\n", r.CheckedChunks, size(r.CheckedBytes))
 				}
 				if err := p.print(r, "%s", t); err != nil {
 					return err
@@ -132,7 +132,7 @@ that counts. For an index that is damaged; a missing one comes back by itself.`,
 			if err != nil {
 				return err
 			}
-			return p.print(r, "%d chunks and %d map nodes of %d segments entered\n", r.Chunks, r.Records-r.Chunks, r.Segments)
+			return p.print(r, "entered %d records of %d segments, %d of them chunks\n", r.Records, r.Segments, r.Chunks)
 		},
 	}
 }

@@ -28,7 +28,7 @@ overwritten. A block device can be the target of a raw disk, with --overwrite.`,
 		Example: `  holdfast restore image web@latest --to web.qcow2
   holdfast restore image 1f00aa27 --disk vda --to vda.img --format raw
   holdfast restore image web@2026-01-31T18:00:00Z --to /dev/vg0/web --overwrite`,
-		Args:              cobra.ExactArgs(1),
+		Args:              arguments("POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.Point = args[0]

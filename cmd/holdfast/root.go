@@ -54,6 +54,8 @@ func (p *program) rootCommand() *cobra.Command {
 	root.AddCommand(p.initCommand(), p.backupCommand(), p.pointCommand(), p.exportCommand(), p.mountCommand(),
 		p.unmountCommand(), p.restoreCommand(), p.repoCommand(), p.versionCommand())
 	root.SetHelpCommand(helpCommand())
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), // nouns run only to complain
+		"{{if .Runnable}}", "{{if and .Runnable (not .HasAvailableSubCommands)}}", 1))
 	p.markStart(root.Commands())
 	return root
 }
@@ -87,6 +89,18 @@ func noun(cmd *cobra.Command, verbs ...*cobra.Command) *cobra.Command {
 		return fmt.Errorf("%s: which command? It has %s", cmd.CommandPath(), strings.Join(names, ", "))
 	}
 	return cmd
+}
+
+// arguments wants one argument for each name; a last one that ends in "…" stands for
+// one or more.
+func arguments(names ...string) cobra.PositionalArgs {
+	more := strings.HasSuffix(names[len(names)-1], "…")
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) == len(names) || more && len(args) > len(names) {
+			return nil
+		}
+		return fmt.Errorf("got %d arguments, want %s", len(args), strings.Join(names, " "))
+	}
 }
 
 func unknownCommand(cmd *cobra.Command, name string) error {

@@ -76,8 +76,8 @@ func (p *program) explain(ctx context.Context, cmd *cobra.Command, err error) (c
 	if exit, ok := errors.AsType[exitError](err); ok {
 		return int(exit), ""
 	}
-	if ctx.Err() != nil {
-		return exitInterrupted, cmd.CommandPath()[len("holdfast"):] + " interrupted"
+	if ctx.Err() != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, context.Cause(ctx))) {
+		return exitInterrupted, strings.TrimPrefix(cmd.CommandPath(), "holdfast ") + " was interrupted"
 	}
 	if !p.started { // cobra did not get as far as the command
 		return exitUsage, fmt.Sprintf("%v; see: %s --help", err, cmd.CommandPath())
