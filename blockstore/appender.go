@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"syscall"
@@ -144,10 +145,8 @@ func (a *appender) start() (*writing, error) {
 		return nil, err
 	}
 	seg.file = f
-	if set.keys != nil {
-		if seg.aead, err = set.keys.seal(contextSegment, h.Salt[:]); err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
+	if seg.aead, err = set.cipherOf(h); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	set.add(seg)
 	return &writing{seg: seg, size: segmentHeaderSize, buf: append(make([]byte, 0, writeSize+maxChunkSize/4), h.encode()...)}, nil
@@ -231,7 +230,7 @@ func (a *appender) seal(w *writing) error {
 	if err := w.seg.file.Sync(); err != nil {
 		return err
 	}
-	sealed := filepath.Join(a.r.segments.dir, segmentName(w.seg.number, w.seg.generation, sealedSuffix))
+	sealed := a.sealedPath(w.seg)
 	if err := a.r.fs.Rename(w.seg.path, sealed); err != nil {
 		return err
 	}
@@ -252,6 +251,10 @@ func (a *appender) seal(w *writing) error {
 	}
 	set.mu.Unlock()
 	return nil
+}
+
+func (a *appender) sealedPath(seg *segment) string {
+	return filepath.Join(a.r.segments.dir, segmentName(seg.number, seg.generation, sealedSuffix))
 }
 
 // encodeTail returns what ends a sealed segment whose records end at off.
@@ -378,6 +381,10 @@ func (a *appender) failLocked(w *writing, err error) error {
 // file: after a failed sync it may look whole until the machine restarts.
 // a.flushing is held, so that nobody enters these records meanwhile.
 func (a *appender) cut(w *writing) {
+	// A rename that failed may have happened all the same.
+	if err := a.r.fs.Rename(a.sealedPath(w.seg), w.seg.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		a.r.log.Error("failed segment cannot be renamed", attrErr(err))
+	}
 	if w.durable > 0 {
 		if err := w.seg.file.Truncate(w.durable); err != nil {
 			a.r.log.Error("failed segment cannot be cut", attrErr(err))

@@ -16,6 +16,10 @@ type claim struct {
 	ready chan struct{}
 	loc   location
 	found bool // loc is where the chunk is
+
+	// entered is the segment whose records, this one's among them, came into the index
+	// before the claim was resolved; 0 if none did. Guarded by claims.mu.
+	entered uint64
 }
 
 func newClaims() *claims {
@@ -41,10 +45,12 @@ func (c *claims) take(id ID) (cl *claim, mine bool) {
 func (c *claims) stored(id ID, cl *claim, loc location) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, failed := c.failed[loc.Segment]; failed {
-		delete(c.m, id)
-	} else {
+	_, failed := c.failed[loc.Segment]
+	if !failed {
 		cl.loc, cl.found = loc, true
+	}
+	if failed || cl.entered == loc.Segment {
+		delete(c.m, id)
 	}
 	close(cl.ready)
 }
@@ -79,8 +85,13 @@ func (c *claims) release(entries []entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range entries {
-		if cl, ok := c.m[e.id]; ok && cl.isAt(e.loc.Segment) {
+		cl, ok := c.m[e.id]
+		switch {
+		case !ok:
+		case cl.isAt(e.loc.Segment):
 			delete(c.m, e.id)
+		default:
+			cl.entered = e.loc.Segment
 		}
 	}
 }

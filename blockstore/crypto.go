@@ -87,9 +87,9 @@ type wrappedKey struct {
 	Age  []byte `json:"age"`
 }
 
-// wrap encrypts the repository key for a passphrase, or for each recipient in
+// wrap encrypts the repository key for a passphrase and for each recipient, in
 // age's notation ("age1…").
-func (k *keys) wrap(passphrase string, recipients []string) ([]wrappedKey, error) {
+func (k *keys) wrap(o CreateOptions) ([]wrappedKey, error) {
 	var out []wrappedKey
 	add := func(kind string, r age.Recipient) error {
 		var b bytes.Buffer
@@ -106,16 +106,19 @@ func (k *keys) wrap(passphrase string, recipients []string) ([]wrappedKey, error
 		out = append(out, wrappedKey{kind, b.Bytes()})
 		return nil
 	}
-	if passphrase != "" {
-		r, err := age.NewScryptRecipient(passphrase)
+	if o.Passphrase != "" {
+		r, err := age.NewScryptRecipient(o.Passphrase)
 		if err != nil {
 			return nil, err
+		}
+		if o.workFactor != 0 {
+			r.SetWorkFactor(o.workFactor)
 		}
 		if err := add("passphrase", r); err != nil {
 			return nil, err
 		}
 	}
-	for _, s := range recipients {
+	for _, s := range o.Recipients {
 		r, err := age.ParseX25519Recipient(s)
 		if err != nil {
 			return nil, fmt.Errorf("recipient %q: %w", s, err)

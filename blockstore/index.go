@@ -103,7 +103,7 @@ const indexMemory = 64 << 20
 // BadgerDB makes it safe for concurrent use.
 type index struct{ db *badger.DB }
 
-func openIndex(dir string, log *slog.Logger) (*index, error) {
+func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 	// Everything stays in the LSM tree: the values are far below the threshold for
 	// the value log. Writes are synced by sync, after the segment they speak
 	// of. Checksums are not verified unless asked for.
@@ -115,7 +115,7 @@ func openIndex(dir string, log *slog.Logger) (*index, error) {
 		WithCompression(options.None).
 		WithBlockCacheSize(0).
 		WithChecksumVerificationMode(options.OnTableAndBlockRead).
-		WithMemTableSize(indexMemory).
+		WithMemTableSize(memory).
 		WithNumMemtables(2).
 		WithNumCompactors(2).
 		WithValueLogFileSize(1 << 20).

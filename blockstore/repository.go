@@ -53,6 +53,8 @@ type CreateOptions struct {
 	// either is given. Any one of them opens it.
 	Passphrase string
 	Recipients []string
+
+	workFactor int // log2 of scrypt's N; 0 is age's own choice. Tests can't wait that long
 }
 
 // Options are the choices made at each opening.
@@ -67,6 +69,10 @@ type Options struct {
 	SegmentSize int64
 	// CacheSize bounds the memory for decoded chunks, bytes; 0 is 128 MiB.
 	CacheSize int64
+
+	// For tests; the zero values are those of production.
+	fs          durable.FS
+	indexMemory int64 // see indexMemory
 }
 
 func (o Options) withDefaults() (Options, error) {
@@ -78,6 +84,12 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.CacheSize == 0 {
 		o.CacheSize = defaultCacheSize
+	}
+	if o.fs == nil {
+		o.fs = durable.OS()
+	}
+	if o.indexMemory == 0 {
+		o.indexMemory = indexMemory
 	}
 	if o.SegmentSize < segmentHeaderSize || o.SegmentSize > maxSegmentSize-2*maxPayload-maxTOCSize {
 		return o, fmt.Errorf("segment size %d is not supported", o.SegmentSize)
@@ -143,7 +155,7 @@ func Create(dir string, o CreateOptions) error {
 	}
 	if o.Passphrase != "" || len(o.Recipients) > 0 {
 		k := newKeys()
-		if c.Keys, err = k.wrap(o.Passphrase, o.Recipients); err != nil {
+		if c.Keys, err = k.wrap(o); err != nil {
 			return err
 		}
 		c.MAC = k.authenticate(contextConfig, c.authenticated())
@@ -205,7 +217,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	if err != nil {
 		return nil, err
 	}
-	fsys := durable.OS()
+	fsys := o.fs
 	data, err := durable.ReadFile(fsys, filepath.Join(dir, configFile), 1<<20)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w; make one with init", dir, ErrNotRepository)
@@ -242,7 +254,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 		return nil, fmt.Errorf("%w: %s has %d bytes free and opening it needs %d; free some elsewhere on that file system",
 			ErrNoSpace, dir, free, minIndexSpace)
 	}
-	if r.index, err = openIndex(filepath.Join(dir, indexDir), r.log); err != nil {
+	if r.index, err = openIndex(filepath.Join(dir, indexDir), o.indexMemory, r.log); err != nil {
 		return nil, err
 	}
 	if r.damaged, err = r.index.damaged(); err != nil {

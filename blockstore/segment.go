@@ -170,6 +170,14 @@ func (s *segmentSet) openCipher(f durable.File) (cipher.AEAD, error) {
 	if err != nil {
 		return nil, err
 	}
+	return s.cipherOf(h)
+}
+
+// cipherOf returns the cipher of the segment that has a header.
+func (s *segmentSet) cipherOf(h segmentHeader) (cipher.AEAD, error) {
+	if s.keys == nil {
+		return nil, nil
+	}
 	return s.keys.seal(contextSegment, h.Salt[:])
 }
 

@@ -215,7 +215,8 @@ func (s *Session) build(base tree, first, end int64, leaves []Leaf) (ID, int64, 
 // Commit makes everything that the session stored durable and then lists the
 // point. The id must be new (see NewPointID); the time is moved on by whole milliseconds until no
 // other point of the VM has it. When Commit returns nil the point is there for good;
-// after an error it is not listed.
+// after an error it is not listed, unless the disk that failed also keeps us from taking its
+// file away: then the next opening lists it, and it is whole.
 func (s *Session) Commit(ctx context.Context, p Point) (Point, error) {
 	p.Time = p.Time.UTC().Truncate(time.Millisecond)
 	if err := p.check(s.r.chunkSize); err != nil {

@@ -1,0 +1,158 @@
+// Package blockstore keeps the disks of restore points as deduplicated chunks.
+//
+// A disk is cut into chunks of a fixed size. A chunk is named by its id, the hash of
+// its bytes, and stored once, however many disks hold it. A disk at a moment
+// is a tree: map nodes list the ids of 1024 children, chunks or nodes one level
+// down; the id of the root names the content of the whole disk. A chunk
+// of zeros, and a subtree of them, is the null id and is stored nowhere. There are no
+// chains: every point's trees are complete, and shared parts are shared by id.
+//
+// A backup is a [Session]: Put chunks, PutNode leaves, BuildMap, Commit. A
+// restore is a [Disk], which is an image.Disk.
+//
+// # The folder
+//
+//	repository.json     what was chosen at creation, and the wrapped key
+//	lock                held by the process that has the repository open
+//	segments/*.seg      sealed segments: the only home of chunks
+//	segments/*.open     a segment that is being written
+//	points/*.point      one file a restore point
+//	index/              BadgerDB: id → place. A cache of the segments
+//
+// Segments and points are the truth; without index/ the next opening makes it
+// anew.
+//
+// # Segment, format 1
+//
+// Little-endian throughout. A segment NNNNNNNNNNNNNNNN-GGGGGGGGGGGGGGGG.seg, its number
+// and generation in hexadecimal, is a header, records, a last record that holds the
+// table of contents, and a footer. Offsets are below 2^30. The header (offset,
+// size, field):
+//
+//	 0   8  magic "HFSEGMNT"
+//	 8   2  version, 1
+//	10   2  flags: 1 payloads are encrypted
+//	12   8  number of the segment, from 1, never used again
+//	20   8  generation, random
+//	28  16  id of the repository
+//	44  16  salt, random
+//	60   4  CRC-32C of bytes 0–59
+//
+// A record:
+//
+//	 0   4  magic "HFR1"
+//	 4   1  type: 1 chunk, 2 map node, 3 table of contents
+//	 5   1  codec: 0 none, 1 zstd frame (RFC 8878), 2 S2 block
+//	 6   2  zero
+//	 8   4  length of the plain bytes, 1 to 4 MiB; the chunk size for a chunk, 32 KiB for a node
+//	12   4  length n of the payload
+//	16  32  id; zero for a table of contents
+//	48   4  CRC-32C of bytes 0–47 and the payload
+//	52   n  payload: the plain bytes, compressed with the codec, then encrypted
+//
+// A map node's plain bytes are 1024 ids of 32 bytes. The table of contents, never
+// encrypted, has an entry for every record before it, in their order:
+//
+//	 0  32  id
+//	32   4  offset of the record
+//	36   4  length of the payload
+//	40   4  length of the plain bytes
+//	44   1  type
+//	45   1  codec
+//	46   2  zero
+//
+// The footer is the last 32 bytes of a sealed segment:
+//
+//	 0   8  magic "HFSEGEND"
+//	 8   8  offset of the record that holds the table of contents
+//	16   4  entries in it
+//	20   8  zero
+//	28   4  CRC-32C of bytes 0–27
+//
+// # Point, format 1
+//
+// A point's file is named by its id, 32 hexadecimal digits:
+//
+//	 0   8  magic "HFPOINT\0"
+//	 8   2  version, 1
+//	10   2  flags: 1 the payload is encrypted
+//	12   4  length n of the payload, below 64 MiB
+//	16  16  salt, random; zero if not encrypted
+//	32   4  zero
+//	36   4  CRC-32C of bytes 0–35 and the payload
+//	40   n  payload: JSON, see [Point]
+//
+// # Ids and keys
+//
+// The id of a chunk is the BLAKE3 hash of its plain bytes. That of a node is a
+// keyed BLAKE3 hash, so that no chunk, whatever a guest writes into it, has the id
+// of a node. In a plain repository the key for nodes is no secret.
+//
+// An encrypted repository has one random key of 32 bytes. repository.json holds
+// it, encrypted as an age file for a passphrase or for a recipient. All
+// others are derived from it with BLAKE3's derive_key: the keys of the id
+// hashes, which then tell nothing of the content, and a key for each segment and
+// each point file, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
+// record is its offset, its additional data are bytes 0–47 of its header; for a point
+// the nonce is zero and the additional data are its id. repository.json carries a
+// keyed hash of its own fields.
+//
+// # Durability
+//
+// A backup becomes durable in this order, each step complete before the next:
+//
+//	write, fsync      the segment's records
+//	fsync             segments/, for a new segment's name
+//	write, sync       index entries
+//	write, fsync      points/ID.point.tmp
+//	rename, fsync     points/ID.point, points/
+//
+// A crash leaves at most records that nobody references, which a collection takes.
+// A failed write or sync ends the segment: what was durable before is
+// kept, the rest is cut off, every session that may have put something into it
+// fails, and new ones get a new segment. No sync is tried twice.
+//
+// # Opening
+//
+// An unsealed segment is read to the first record that is not whole, cut there,
+// sealed, and never appended to (a nonce would come twice). A sealed segment that
+// the index has no summary of is entered from its table of contents, or from its
+// records if that is damaged. An index entry counts only if its segment is live,
+// has the same generation, and has as many records. So an index that is behind,
+// ahead, older or gone is no danger: what does not count is stored anew, and a chunk
+// that a point needs and the index lacks is looked for in the segments.
+//
+// # Concurrency
+//
+// Everything but Close may be called at any time, from many goroutines. One process has a
+// repository open at a time. Who may run with whom, and what makes it safe:
+//
+//	             backup             reading           deletion          collection        verification
+//	backup       claims: a chunk    immutable         pins keep the     marks of the      immutable
+//	             is stored once     records           base's map        session
+//	reading                         immutable         pins keep the     pins; a record    immutable
+//	                                                  disk's map        moves before it
+//	                                                                    goes; retry
+//	deletion                                          Repository.mu     points are        pins
+//	                                                                    listed once, at
+//	                                                                    the start
+//	collection                                                          refused:          pins; retry
+//	                                                                    ErrCollecting
+//	verification                                                                          both read
+//
+// A collection takes a record only if no listed point, no pinned map and no session
+// needs it. A session's marks name every record that it stored or found stored, from its
+// beginning, and outlive it while a collection runs. A segment that is being collected
+// is condemned first, under the lock that marks are set under: from then on finding a
+// chunk there does not count, and it is stored anew.
+//
+// Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
+// segmentSet.mu, segment.opening, cache.mu. A claim is waited for with no lock held.
+//
+// # Limits
+//
+// Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks.
+// Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
+// stored bytes), the points, and one bit a chunk for each session and collection.
+// BadgerDB takes up to about 200 MiB, the cache 128 MiB.
+package blockstore
