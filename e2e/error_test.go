@@ -162,13 +162,13 @@ func TestReadOnlyFolder(t *testing.T) {
 	r.ok("init")
 	source := mixedDisk(t, 4*miB, 64)
 	r.backup(source)
-	tool(t, "mount", "-o", "remount,ro", dir)
+	tool(t, "mount", "-o", "remount,bind,ro", dir)
 	if line := r.fails(exitRefused, "backup", "image", source, "--vm", "vm"); !strings.Contains(line, r.data) {
 		t.Errorf("got error %q, want it to name %s", line, r.data)
 	}
 	fresh := &repo{t: t, data: filepath.Join(dir, "fresh")}
 	fresh.fails(exitRefused, "init")
-	tool(t, "mount", "-o", "remount,rw", dir)
+	tool(t, "mount", "-o", "remount,bind,rw", dir)
 	r.verified()
 }
 
