@@ -80,7 +80,7 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	dir, err := filepath.Abs(dir)
+	dir, err := dataFolder(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -96,6 +96,14 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 		return nil, openError(dir, err)
 	}
 	return &Appliance{dir: dir, repo: repo, log: o.Log}, nil
+}
+
+// dataFolder returns the absolute path of a data folder.
+func dataFolder(dir string) (string, error) {
+	if dir == "" {
+		return "", invalid("no data folder is named; name it with --data or HOLDFAST_DATA")
+	}
+	return filepath.Abs(dir)
 }
 
 // openError adds what the blockstore does not know, such as where keys come from.
@@ -137,7 +145,7 @@ type InitResult struct {
 
 // Init makes a repository in dir, which is created if need be.
 func Init(dir string, o InitOptions) (InitResult, error) {
-	dir, err := filepath.Abs(dir)
+	dir, err := dataFolder(dir)
 	if err != nil {
 		return InitResult{}, err
 	}

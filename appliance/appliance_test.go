@@ -52,7 +52,10 @@ func TestInit(t *testing.T) {
 	}
 	empty := write(t, "empty", []byte("\n"))
 	for _, o := range []appliance.InitOptions{
-		{ChunkSize: 100}, {ChunkSize: 48 * kiB}, {ChunkSize: 8 * miB}, {ChunkSize: -chunk},
+		{ChunkSize: 100},
+		{ChunkSize: 48 * kiB},
+		{ChunkSize: 8 * miB},
+		{ChunkSize: -chunk},
 		{Recipients: []string{"age1nobody"}},
 	} {
 		fresh := filepath.Join(t.TempDir(), "data")

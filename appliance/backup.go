@@ -76,12 +76,16 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	if request.Config, err = readConfig(b.ConfigFiles); err != nil {
 		return BackupResult{}, fmt.Errorf("back up %s: %w", b.VM, err)
 	}
-	for i, path := range b.Files {
-		f, err := diskfile.Open(path, diskfile.Options{Format: diskfile.Format(b.Format), AllowOutside: b.AllowOutside})
-		if err != nil {
-			return BackupResult{}, fmt.Errorf("back up disk %s of %s: %w", names[i], b.VM, err)
+	files, err := b.open(names)
+	defer func() {
+		for _, f := range files {
+			err = errors.Join(err, f.Close())
 		}
-		defer func() { err = errors.Join(err, f.Close()) }()
+	}()
+	if err != nil {
+		return BackupResult{}, err
+	}
+	for i, f := range files {
 		request.Disks = append(request.Disks, ingest.Source{Name: names[i], Disk: f})
 	}
 	if len(b.Disks) == 0 {
@@ -101,6 +105,19 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	return BackupResult{
 		Point: string(p.ID), VM: p.VM, Time: p.Time, Mode: p.Mode, Consistency: p.Consistency, Disks: result.Disks,
 	}, nil
+}
+
+// open opens the image files. After an error it returns those that are open already.
+func (b ImageBackup) open(names []string) ([]*diskfile.File, error) {
+	var files []*diskfile.File
+	for i, path := range b.Files {
+		f, err := diskfile.Open(path, diskfile.Options{Format: diskfile.Format(b.Format), AllowOutside: b.AllowOutside})
+		if err != nil {
+			return files, fmt.Errorf("back up disk %s of %s: %w", names[i], b.VM, err)
+		}
+		files = append(files, f)
+	}
+	return files, nil
 }
 
 // keepName gives a single disk that nobody named the name it had before.

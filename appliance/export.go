@@ -51,7 +51,7 @@ type Export struct {
 
 // Export serves a disk of a point over NBD until ctx ends, which is no error. It
 // calls ready once clients can connect; an error of ready ends it.
-func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Export) error) error {
+func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Export) error) (err error) {
 	p, d, err := a.resolveDisk(o.Point, o.Disk)
 	if err != nil {
 		return err
@@ -69,7 +69,7 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 	if err != nil {
 		return fmt.Errorf("export %s: %w", name, err)
 	}
-	defer disk.Close()
+	defer func() { err = errors.Join(err, disk.Close()) }()
 	server := nbdserver.New(nbdserver.Options{Log: a.log})
 	err = server.Add(nbdserver.Export{
 		Name: name, Disk: disk, BlockSize: a.repo.ChunkSize(),

@@ -23,6 +23,7 @@ const (
 	unmountPatience = 10 * time.Second
 	// unlockPatience is how long Unmount waits for the data folder to be let go of.
 	unlockPatience = 5 * time.Second
+	unlockRetry    = 20 * time.Millisecond
 	// pointFile is the file of a mounted point that describes it.
 	pointFile = "point.json"
 )
@@ -46,7 +47,8 @@ func (a *Appliance) Mount(ctx context.Context, dir string, o MountOptions, ready
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	m, err := fusefs.Mount(dir, pointTree{a.repo}, fusefs.Options{AllowOther: o.AllowOther, Logger: a.log})
+	options := fusefs.Options{AllowOther: o.AllowOther, Logger: a.log}
+	m, err := fusefs.Mount(dir, pointTree{a.repo}, options) //nolint:contextcheck // it waits for nothing but the kernel
 	if err != nil {
 		return err
 	}
@@ -71,8 +73,14 @@ func Unmount(ctx context.Context, data, dir string) error {
 	if err := fusefs.Unmount(ctx, dir); err != nil {
 		return err
 	}
-	for began := time.Now(); locked(data) && time.Since(began) < unlockPatience && ctx.Err() == nil; {
-		time.Sleep(20 * time.Millisecond)
+	ctx, cancelUnlock := context.WithTimeout(ctx, unlockPatience)
+	defer cancelUnlock()
+	for locked(data) {
+		select {
+		case <-time.After(unlockRetry):
+		case <-ctx.Done():
+			return nil // it is unmounted; something else has the data folder open
+		}
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package appliance
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 
 	"github.com/holdfast-backup/holdfast/blockstore"
 )
@@ -77,7 +76,7 @@ func (a *Appliance) Collect(ctx context.Context, o CollectOptions, progress func
 // RebuildIndex makes the index of the repository in dir, which nobody may have
 // open, anew from its segments.
 func RebuildIndex(ctx context.Context, dir string, o Options) (RebuildResult, error) {
-	dir, err := filepath.Abs(dir)
+	dir, err := dataFolder(dir)
 	if err != nil {
 		return RebuildResult{}, err
 	}

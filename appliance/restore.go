@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,7 +42,7 @@ type RestoreResult struct {
 
 // RestoreImage writes a disk of a point as an image file; every chunk's hash is
 // checked on the way. progress may be nil. If it fails or ctx ends, there is no file.
-func (a *Appliance) RestoreImage(ctx context.Context, r ImageRestore, progress func(Progress)) (RestoreResult, error) {
+func (a *Appliance) RestoreImage(ctx context.Context, r ImageRestore, progress func(Progress)) (_ RestoreResult, err error) {
 	format, err := r.check()
 	if err != nil {
 		return RestoreResult{}, err
@@ -54,7 +55,7 @@ func (a *Appliance) RestoreImage(ctx context.Context, r ImageRestore, progress f
 	if err != nil {
 		return RestoreResult{}, err
 	}
-	defer disk.Close()
+	defer func() { err = errors.Join(err, disk.Close()) }()
 	count := counter{tell: progress, now: Progress{Subject: "disk " + d.Name + " of " + p.VM, Total: disk.Size(), Unit: Bytes}}
 	if err := diskfile.Write(ctx, r.To, disk, diskfile.Format(format), image.WriteOptions{Progress: count.add}); err != nil {
 		return RestoreResult{}, fmt.Errorf("restore disk %s of %s: %w", d.Name, p.VM, err)
@@ -74,10 +75,11 @@ func (r ImageRestore) check() (string, error) {
 	if !slices.Contains(WriteFormats, format) {
 		return "", invalid("image format %q cannot be written; choose one with --format: %s", format, strings.Join(WriteFormats, ", "))
 	}
-	info, err := os.Stat(r.To)
-	switch {
+	switch info, err := os.Stat(r.To); {
+	case errors.Is(err, os.ErrNotExist):
+		return format, nil
 	case err != nil:
-		return format, nil // a new file; what else is wrong, writing tells
+		return "", fmt.Errorf("restore to %s: %w", r.To, err)
 	case info.Mode()&os.ModeDevice == 0 || info.Mode()&os.ModeCharDevice != 0:
 		return "", fmt.Errorf("restore to %s: %w; choose another name or remove it first", r.To, os.ErrExist)
 	case !r.Overwrite:

@@ -118,6 +118,8 @@ func TestExitStatus(t *testing.T) {
 		{"point diff web@latest web@latest --disk vdz", exitNotFound, "vdz"},
 		{"restore image web@latest --disk vdz --to new.raw", exitNotFound, "vdz"},
 		{"backup image /gone.raw --vm web", exitNotFound, "/gone.raw"},
+		{"point list --data=", exitUsage, "--data"},
+		{"init --data=", exitUsage, "--data"},
 		{"point list --data " + none, exitNotFound, "init"},
 		{"point list --passphrase-file " + none, exitNotFound, none},
 		{"unmount " + none, exitNotFound, none},

@@ -55,7 +55,7 @@ type program struct {
 // run runs a command line to its end and returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	p := &program{args: args, stdout: stdout, console: newConsole(stderr)}
-	root := p.rootCommand()
+	root := p.rootCommand() //nolint:contextcheck // cobra hands ctx to the command that runs
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(p.console)
@@ -151,5 +151,9 @@ func defaultData() string {
 	if dir := os.Getenv("XDG_DATA_HOME"); filepath.IsAbs(dir) { // others are to be ignored: XDG Base Directory Specification
 		return filepath.Join(dir, "holdfast")
 	}
-	return filepath.Join(os.Getenv("HOME"), ".local", "share", "holdfast")
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "" // which no command takes
+	}
+	return filepath.Join(home, ".local", "share", "holdfast")
 }
