@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
+	"golang.org/x/sys/unix"
 )
 
 // location is where a chunk's record is.
@@ -121,10 +123,34 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 		WithValueLogFileSize(1 << 20).
 		WithMetricsEnabled(false)
 	db, err := badger.Open(o)
+	if err != nil && !lacksMeans(err) {
+		// A kill in the wrong moment leaves files that BadgerDB doesn't open, such as
+		// a value log that was created and has no bytes yet. The index is a cache:
+		// it is made anew from the segments.
+		log.Warn("the index can't be opened and is made anew", attrPath(dir), attrErr(err))
+		if removeErr := os.RemoveAll(dir); removeErr != nil {
+			return nil, fmt.Errorf("open index: %w", errors.Join(err, removeErr))
+		}
+		db, err = badger.Open(o)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("open index %s (it can be made anew: repo rebuild-index): %w", dir, err)
+		return nil, fmt.Errorf("open index %s: %w", dir, err)
 	}
 	return &index{db}, nil
+}
+
+// lacksMeans reports whether err says that the system refuses what opening a
+// sound index needs too.
+func lacksMeans(err error) bool {
+	for _, errno := range []error{
+		unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EACCES, unix.EPERM,
+		unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EBUSY,
+	} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 func (x *index) close() error { return x.db.Close() }

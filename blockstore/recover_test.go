@@ -175,3 +175,34 @@ func TestIndexLosesEntries(t *testing.T) {
 	}
 	checkDisk(t, r, p.ID, c)
 }
+
+// An index whose files a kill left unfinished, or that rotted, is made anew
+// when the repository is opened.
+func TestIndexDoesNotOpen(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{})
+	want := numbers(1, 300)
+	p := mustBackup(t, r, "vm", want)
+	closeOnce(t, r)
+	for _, tt := range []struct {
+		name, file string
+		content    []byte
+	}{
+		{"value log without bytes", "000099.vlog", nil},
+		{"garbage manifest", "MANIFEST", []byte("not a manifest at all")},
+		{"empty key registry", "KEYREGISTRY", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := crash(t, dir)
+			if err := os.WriteFile(filepath.Join(dir, indexDir, tt.file), tt.content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			r := open(t, dir, Options{})
+			checkDisk(t, r, p.ID, want)
+			mustBackup(t, r, "vm", numbers(200, 300))
+			checkSound(t, r)
+		})
+	}
+}
