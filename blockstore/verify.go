@@ -88,6 +88,9 @@ type verification struct {
 	r      *Repository
 	o      VerifyOptions
 	needed marks
+	// all: a map node is bad, so nobody knows what was needed below it. Every record is
+	// read, that a backup of the same content may store anew what is bad.
+	all bool
 
 	mu     sync.Mutex // guards the fields below
 	bad    map[ID]string
@@ -121,6 +124,7 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 	}
 	if !ok {
 		v.fail(t.id, errors.New("it is in no segment"))
+		v.all = v.all || t.level > 0
 		return nil
 	}
 	if !v.needed.set(loc) || t.level == 0 {
@@ -130,6 +134,7 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 	n, err := v.r.node(t.id)
 	if errors.Is(err, ErrDamaged) {
 		v.fail(t.id, err)
+		v.all = true
 		return nil
 	}
 	if err != nil {
@@ -190,7 +195,7 @@ func (v *verification) segment(ctx context.Context, seg *segment, want int64) er
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !v.needed.has(seg.number, uint32(i)) {
+		if !v.all && !v.needed.has(seg.number, uint32(i)) {
 			continue
 		}
 		err := v.check(opened, e, record, plain)

@@ -1,0 +1,159 @@
+package ingest_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/blockstore"
+	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/ingest"
+)
+
+// broken is a disk that cannot be read from an offset on.
+type broken struct {
+	memory
+	from int64
+	err  error
+	hit  func()
+}
+
+func (b broken) ReadAt(p []byte, off int64) (int, error) {
+	if off+int64(len(p)) > b.from {
+		b.hit()
+		return 0, b.err
+	}
+	return b.memory.ReadAt(p, off)
+}
+
+// A disk that fails in the middle, as the first or a later one of a point, leaves no point, and
+// the next backup works.
+func TestFailingDisk(t *testing.T) {
+	t.Parallel()
+	r := open(t, blockstore.CreateOptions{})
+	rng := rand.New(rand.NewPCG(5, 6))
+	good := make([]byte, 4*mib)
+	fill(good, rng, 0, len(good))
+	boom := errors.New("boom")
+	bad := broken{memory: good, from: 3 * mib, err: boom, hit: func() {}}
+	for _, disks := range [][]ingest.Source{
+		{{Name: "a", Disk: bad}},
+		{{Name: "a", Disk: memory(good)}, {Name: "b", Disk: bad}},
+	} {
+		_, err := ingest.Run(t.Context(), r, ingest.Request{VM: "vm", Disks: disks}, nil)
+		if !errors.Is(err, boom) {
+			t.Errorf("got %v, want %v", err, boom)
+		}
+		if got := r.Points(); len(got) != 0 {
+			t.Errorf("got points %v, want none", got)
+		}
+	}
+	got := backup(t, r, ingest.Source{Name: "a", Disk: memory(good)}, ingest.Source{Name: "b", Disk: memory(good[:mib])})
+	check(t, r, got.Point, "a", good)
+	check(t, r, got.Point, "b", good[:mib])
+}
+
+// Cancelling leaves nothing listed.
+func TestCancel(t *testing.T) {
+	t.Parallel()
+	r := open(t, blockstore.CreateOptions{})
+	ctx, cancel := context.WithCancel(t.Context())
+	disk := broken{memory: make([]byte, 64*mib), from: 32 * mib, err: errors.New("read after cancelling"), hit: cancel}
+	for i := range disk.memory {
+		disk.memory[i] = byte(i>>14) | 1
+	}
+	_, err := ingest.Run(ctx, r, ingest.Request{VM: "vm", Disks: []ingest.Source{{Name: "a", Disk: disk}}}, nil)
+	if err == nil || len(r.Points()) != 0 {
+		t.Errorf("got %v and points %v, want an error and none", err, r.Points())
+	}
+	cancelled, stop := context.WithCancel(t.Context())
+	stop()
+	_, err = ingest.Run(cancelled, r, ingest.Request{VM: "vm", Disks: []ingest.Source{{Name: "a", Disk: disk.memory}}}, nil)
+	if !errors.Is(err, context.Canceled) || len(r.Points()) != 0 {
+		t.Errorf("got %v and points %v, want %v and none", err, r.Points(), context.Canceled)
+	}
+}
+
+// Progress ends with everything done, and never goes back.
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	r := open(t, blockstore.CreateOptions{})
+	disk := make([]byte, 3*mib+5)
+	disk[2*mib] = 1
+	var last ingest.Progress
+	_, err := ingest.Run(t.Context(), r, ingest.Request{
+		VM: "vm", Disks: []ingest.Source{{Name: "a", Disk: memory(disk)}, {Name: "b", Disk: memory(disk)}},
+	}, func(p ingest.Progress) {
+		if p.Done < last.Done {
+			t.Errorf("done went from %d back to %d", last.Done, p.Done)
+		}
+		last = p
+	})
+	if want := int64(2 * len(disk)); err != nil || last.Done != want || last.Total != want {
+		t.Errorf("got %+v, %v, want %d done", last, err, want)
+	}
+}
+
+// Damage in the last point heals when the same content is backed up again: a chunk, a
+// leaf, and the root above.
+func TestHeal(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := blockstore.Create(dir, blockstore.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	disk := make([]byte, 130*mib) // three leaves
+	rng := rand.New(rand.NewPCG(7, 8))
+	for _, off := range []int{0, mib, 70 * mib, 129 * mib} {
+		fill(disk, rng, off, 100_000)
+	}
+	run := func(source ingest.Source) blockstore.Point {
+		r, err := blockstore.Open(dir, blockstore.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		p := backup(t, r, source).Point
+		check(t, r, p, "a", disk)
+		v, err := r.Verify(t.Context(), blockstore.VerifyOptions{})
+		if err != nil || len(v.Errors) > 0 {
+			t.Errorf("verify after a backup: %+v, %v", v.Errors, err)
+		}
+		return p
+	}
+	run(ingest.Source{Name: "a", Disk: memory(disk)})
+	files, err := filepath.Glob(filepath.Join(dir, "segments", "*.seg"))
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	data, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The payload of every record is damaged, but for the last one's (type 3), the
+	// table of contents.
+	for off := bytes.Index(data, []byte("HFR1")); data[off+4] != 3; {
+		data[off+60] ^= 1
+		off += 52 + bytes.Index(data[off+52:], []byte("HFR1"))
+	}
+	if err := os.WriteFile(files[0], data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := blockstore.Open(dir, blockstore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := r.Verify(t.Context(), blockstore.VerifyOptions{}); err != nil || len(v.Errors) == 0 {
+		t.Errorf("verify of the damaged repository: got %+v, %v, want errors", v, err)
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	// Though nothing is said to have changed but one byte: what can't be compared is read.
+	run(ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{{Off: 0, Len: 1}, {Off: 70 * mib, Len: 1}, {Off: 129 * mib, Len: 1}}})
+	run(ingest.Source{Name: "a", Disk: memory(disk)})
+}
