@@ -53,7 +53,7 @@
 // A map node's plain bytes are 1024 ids of 32 bytes. The table of contents, never
 // encrypted, has an entry for every record before it, in their order:
 //
-//	 0  32  id
+//	 0  32  id; zero for a record found bad when the segment was recovered
 //	32   4  offset of the record
 //	36   4  length of the payload
 //	40   4  length of the plain bytes
@@ -114,8 +114,8 @@
 //
 // # Opening
 //
-// An unsealed segment is read to the first record that is not whole, cut there,
-// sealed, and never appended to (a nonce would come twice). A sealed segment that
+// An unsealed segment is cut behind its last whole record, sealed, and never
+// appended to (a nonce would come twice). A sealed segment that
 // the index has no summary of is entered from its table of contents, or from its
 // records if that is damaged. An index entry counts only if its segment is live,
 // has the same generation, and has as many records. So an index that is behind,

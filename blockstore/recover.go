@@ -55,8 +55,9 @@ func (r *Repository) loadSegments() error {
 	return nil
 }
 
-// recoverSegment seals a segment whose writer was stopped: it is read up to the
-// first torn record and cut there. Nothing after that was ever durable.
+// recoverSegment seals a segment whose writer was stopped: it is cut behind its last
+// whole record. What follows was never durable. A bad record between whole ones may be
+// what a loss of power left of bytes that were not durable, or damage; its id is not entered.
 func (r *Repository) recoverSegment(seg *segment) error {
 	f, err := r.fs.OpenWrite(seg.path)
 	if err != nil {
@@ -75,10 +76,14 @@ func (r *Repository) recoverSegment(seg *segment) error {
 		r.log.Error("unsealed segment has a damaged header and was put aside", attrSegment(seg), attrErr(err))
 		return r.fs.Rename(seg.path, seg.path+badSuffix)
 	}
-	entries, end, err := scanRecords(f, size, false)
+	entries, err := scanRecords(f, size)
 	if err != nil {
 		return fmt.Errorf("recover segment %s: %w", seg.path, err)
 	}
+	for len(entries) > 0 && entries[len(entries)-1].ID.IsNull() {
+		entries = entries[:len(entries)-1]
+	}
+	end := recordsEnd(entries)
 	if len(entries) == 0 {
 		r.log.Info("removed a segment without whole records", attrSegment(seg))
 		return r.fs.Remove(seg.path)
@@ -120,7 +125,7 @@ func (r *Repository) enterSealed(seg *segment) error {
 	entries, err := readEntries(f, size)
 	if err != nil {
 		r.log.Error("segment's table of contents is damaged; its records are read instead", attrSegment(seg), attrErr(err))
-		if entries, _, err = scanRecords(f, size, true); err != nil {
+		if entries, err = scanRecords(f, size); err != nil {
 			return fmt.Errorf("read segment %s: %w", seg.path, err)
 		}
 	}
@@ -164,38 +169,43 @@ func readEntries(f durable.File, size int64) ([]tocEntry, error) {
 	return decodeTOC(record[recordHeaderSize:], int64(foot.TOC))
 }
 
-// scanRecords reads a segment's records from the start and returns
-// them and where the last one ends. It stops at the first that is not whole;
-// with skipBad it goes on behind one whose payload is bad.
-func scanRecords(f durable.File, size int64, skipBad bool) (entries []tocEntry, end int64, err error) {
+// scanRecords reads a segment's records from the start until there is no record any
+// more. One whose bytes are bad keeps its place, so that the others have theirs, and gets the
+// null id, which nobody looks for: another segment may have that chunk whole.
+func scanRecords(f durable.File, size int64) (entries []tocEntry, err error) {
 	in := bufio.NewReaderSize(io.NewSectionReader(f, segmentHeaderSize, size-segmentHeaderSize), 1<<20)
 	record := make([]byte, recordHeaderSize, recordHeaderSize+maxPayload)
 	off := int64(segmentHeaderSize)
-	end = off
 	for len(entries) < maxRecords {
 		record = record[:recordHeaderSize]
 		if _, err := io.ReadFull(in, record); err != nil {
-			return entries, end, ignoreEOF(err)
+			return entries, ignoreEOF(err)
 		}
-		h, err := decodeRecordHeader(record)
-		if err != nil || h.Type == tocRecord {
-			return entries, end, nil
+		h, noRecord := decodeRecordHeader(record)
+		if noRecord != nil || h.Type == tocRecord {
+			break
 		}
 		record = record[:recordHeaderSize+int(h.Stored)]
 		if _, err := io.ReadFull(in, record[recordHeaderSize:]); err != nil {
-			return entries, end, ignoreEOF(err)
+			return entries, ignoreEOF(err)
 		}
-		_, err = checkRecord(record)
-		if err != nil && !skipBad {
-			return entries, end, nil
+		if _, bad := checkRecord(record); bad != nil {
+			h.ID = ID{}
 		}
 		e := tocEntry{ID: h.ID, Off: uint32(off), Stored: h.Stored, Raw: h.Raw, Type: h.Type, Codec: h.Codec}
 		off += e.size()
-		// A bad record keeps its ordinal, so that the others have theirs.
 		entries = append(entries, e)
-		end = off
 	}
-	return entries, end, nil
+	return entries, nil
+}
+
+// recordsEnd returns the offset at which records end.
+func recordsEnd(entries []tocEntry) int64 {
+	if len(entries) == 0 {
+		return segmentHeaderSize
+	}
+	last := entries[len(entries)-1]
+	return int64(last.Off) + last.size()
 }
 
 // ignoreEOF: a file that ends within a record is what a crash leaves.
@@ -239,7 +249,7 @@ func (r *Repository) enterMissing(seg *segment) error {
 		if err != nil {
 			return err
 		}
-		if ok && r.segments.holds(loc) {
+		if e.ID.IsNull() || ok && r.segments.holds(loc) {
 			continue
 		}
 		if err := r.enter(seg, entries[first:first+1], first, nil); err != nil {
@@ -263,7 +273,7 @@ func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
 	}
 	entries, err := readEntries(opened.file, size)
 	if err != nil {
-		entries, _, err = scanRecords(opened.file, size, true)
+		entries, err = scanRecords(opened.file, size)
 	}
 	return entries, err
 }

@@ -46,6 +46,15 @@ func TestCrash(t *testing.T) {
 			_, err = f.Write(chunkOf(77))
 			return errors.Join(err, f.Close())
 		}},
+		{"a bad record within", func(path string) error {
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				return err
+			}
+			// Behind the 101 records that a point needs, and before others.
+			_, err = f.WriteAt([]byte("????"), info.Size()-100_000)
+			return errors.Join(err, f.Close())
+		}},
 		{"no index", func(string) error { return nil }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -236,7 +236,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	}
 	defer func() {
 		if err != nil {
-			r.release()
+			err = errors.Join(err, r.release())
 		}
 	}()
 	if err := r.configure(data, o); err != nil {
@@ -454,12 +454,15 @@ func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) er
 // enter makes records of a segment known to the index, and with a
 // summary the segment itself; first is the ordinal of the first of them.
 func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *summary) error {
-	entries := make([]entry, len(records))
+	entries := make([]entry, 0, len(records))
 	for i, e := range records {
-		entries[i] = entry{e.ID, location{
+		if e.ID.IsNull() {
+			continue // see scanRecords
+		}
+		entries = append(entries, entry{e.ID, location{
 			Segment: seg.number, Generation: seg.generation,
 			Off: e.Off, Stored: e.Stored, Ordinal: uint32(first + i),
-		}}
+		}})
 	}
 	healed := r.healed(entries)
 	err := r.index.write(func(w indexWrite) error {

@@ -68,7 +68,7 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 			if err != nil {
 				return v.result, err
 			}
-			defer disk.Close()
+			defer disk.Close() //nolint:errcheck // it only unpins, and never fails
 			if err := v.mark(ctx, r.tree(d.Map)); err != nil {
 				return v.result, err
 			}
@@ -195,7 +195,7 @@ func (v *verification) segment(ctx context.Context, seg *segment, want int64) er
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !v.all && !v.needed.has(seg.number, uint32(i)) {
+		if e.ID.IsNull() || !v.all && !v.needed.has(seg.number, uint32(i)) {
 			continue
 		}
 		err := v.check(opened, e, record, plain)

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -91,7 +92,7 @@ func ReadFull(r io.ReaderAt, p []byte, off int64) error {
 	if n == len(p) {
 		return nil // io.EOF beside a full read is no error
 	}
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("read %d bytes at offset %d: %w", len(p), off, err)

@@ -66,7 +66,7 @@ func newConn(o Options, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 // to be dropped.
 func (c *conn) serve(ctx context.Context) error {
 	if u, ok := c.net.(*net.UnixConn); ok {
-		u.SetWriteBuffer(sendBuffer)
+		_ = u.SetWriteBuffer(sendBuffer) // a smaller one is only slower
 	}
 	// reading ends when no further request shall be taken, working when no
 	// reply can reach the client any more.
@@ -74,7 +74,7 @@ func (c *conn) serve(ctx context.Context) error {
 	defer stopReading()
 	working, stopWorking := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWorking()
-	defer context.AfterFunc(c.export.removed, stopReading)()
+	defer context.AfterFunc(c.export.removed, stopReading)() //nolint:contextcheck // the export's end is no child of this call's
 	defer context.AfterFunc(reading, func() {
 		now := time.Now()
 		c.net.SetReadDeadline(now)
@@ -202,7 +202,7 @@ func (c *conn) perform(ctx context.Context, j job) *buffer {
 }
 
 func ignoreEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return err

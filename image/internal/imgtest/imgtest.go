@@ -158,7 +158,7 @@ func Check(t testing.TB, d image.Disk, want []byte) {
 		g.Go(func() { checkReads(t, d, want, seed) })
 	}
 	g.Wait()
-	if n, err := d.ReadAt(make([]byte, 1), -1); n != 0 || err == nil || err == io.EOF {
+	if n, err := d.ReadAt(make([]byte, 1), -1); n != 0 || err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("read at -1: got %d, %v, want an error", n, err)
 	}
 
@@ -201,7 +201,7 @@ func checkReads(t testing.TB, d image.Disk, want []byte, seed uint64) {
 		}
 		p := bytes.Repeat([]byte{0xee}, n)
 		got, err := d.ReadAt(p, int64(off))
-		if got != len(part) || !(err == wantErr || err == io.EOF && off+n == len(want)) || !bytes.Equal(p[:got], part) {
+		if got != len(part) || !(errors.Is(err, wantErr) || errors.Is(err, io.EOF) && off+n == len(want)) || !bytes.Equal(p[:got], part) {
 			t.Errorf("read %d bytes at %d: got %d bytes, %v, equal %v; want %d, %v", n, off, got, err, bytes.HasPrefix(part, p[:got]), len(part), wantErr)
 			return
 		}
@@ -227,7 +227,7 @@ func FirstError(ctx context.Context, d image.Disk) error {
 	}
 	buf := make([]byte, 64<<10)
 	for off := int64(0); off < d.Size(); off += int64(len(buf)) {
-		if _, err := d.ReadAt(buf, off); err != nil && err != io.EOF {
+		if _, err := d.ReadAt(buf, off); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 	}
