@@ -41,7 +41,7 @@ var (
 // Where the compressed bytes end inside the last sector is for the decoder to
 // find; other clusters may begin there, or the file may end.
 func (m *Image) cluster(descriptor uint64) ([]byte, error) {
-	return m.clusters.get(descriptor, func() ([]byte, error) {
+	return m.clusters.Get(descriptor, func() ([]byte, error) {
 		x := 70 - m.clusterBits
 		offset := int64(descriptor & (1<<x - 1))
 		length := int64(descriptor>>x+1)*sectorSize - offset%sectorSize

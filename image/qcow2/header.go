@@ -3,9 +3,10 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
-	"io"
+	"os"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 // Offsets of the header's fields. Version 2 ends before the incompatible
@@ -84,14 +85,14 @@ func (h *header) unsupported(format string, args ...any) error {
 }
 
 // readHeader reads and checks the first cluster of a file of the given size.
-func readHeader(r io.ReaderAt, name string, fileSize int64) (header, error) {
-	h := header{name: name}
+func readHeader(f *os.File, fileSize int64) (header, error) {
+	h := header{name: f.Name()}
 	head := make([]byte, min(lengthV2, fileSize))
-	if err := image.ReadFull(r, head, 0); err != nil {
-		return h, fmt.Errorf("read the header of %s: %w", name, err)
+	if err := imgfile.ReadFull(f, head, 0); err != nil {
+		return h, fmt.Errorf("read the header of %s: %w", h.name, err)
 	}
 	if !Match(head) {
-		return h, fmt.Errorf("%w: %s does not begin like a qcow2 image", image.ErrNotImage, name)
+		return h, fmt.Errorf("%w: %s does not begin like a qcow2 image", image.ErrNotImage, h.name)
 	}
 	if len(head) < lengthV2 {
 		return h, h.corrupt("the file ends inside the header")
@@ -107,8 +108,8 @@ func readHeader(r io.ReaderAt, name string, fileSize int64) (header, error) {
 	h.clusterBits = int(bits)
 
 	first := make([]byte, min(h.clusterSize(), fileSize))
-	if err := image.ReadFull(r, first, 0); err != nil {
-		return h, fmt.Errorf("read the header of %s: %w", name, err)
+	if err := imgfile.ReadFull(f, first, 0); err != nil {
+		return h, fmt.Errorf("read the header of %s: %w", h.name, err)
 	}
 	if err := h.parseEncryption(first); err != nil {
 		return h, err

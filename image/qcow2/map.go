@@ -99,7 +99,7 @@ func (m *Image) table(off int64) ([]byte, error) {
 	if at == 0 {
 		return nil, nil
 	}
-	return m.tables.get(at, func() ([]byte, error) {
+	return m.tables.Get(at, func() ([]byte, error) {
 		host := int64(at) // at most 2^56
 		if host%m.clusterSize() != 0 || host > m.fileSize-m.clusterSize() {
 			return nil, m.corrupt("the L2 table for disk offset %d lies at %d in a file of %d bytes", off, host, m.fileSize)

@@ -77,9 +77,11 @@ type Image struct {
 	sparse   bool             // the file has holes worth asking for
 	backing  image.DiskCloser // nil if there is none
 	l1       []byte           // entries for the whole disk, as in the file
-	tables   *cache           // L2 tables by offset
-	clusters *cache           // decompressed clusters by descriptor
+	tables   *blockCache      // L2 tables by offset
+	clusters *blockCache      // decompressed clusters by descriptor
 }
+
+type blockCache = imgfile.LRU[uint64, []byte]
 
 // Open opens the image in f, with its backing files. It takes ownership of f,
 // also when it fails. Errors wrap [image.ErrNotImage], [image.ErrUnsupported]
@@ -98,7 +100,7 @@ func (m *Image) open(o image.OpenOptions) (err error) {
 	if m.fileSize, err = imgfile.Size(m.file); err != nil {
 		return err
 	}
-	if m.header, err = readHeader(m.file, m.file.Name(), m.fileSize); err != nil {
+	if m.header, err = readHeader(m.file, m.fileSize); err != nil {
 		return err
 	}
 	if m.sparse, err = isSparse(m.file, m.fileSize, m.clusterSize()); err != nil {
@@ -109,8 +111,8 @@ func (m *Image) open(o image.OpenOptions) (err error) {
 		return fmt.Errorf("read the L1 table of %s: %w", m.name, err)
 	}
 	blocks := max(4, int(cacheBytes/m.clusterSize()))
-	m.tables = newCache(blocks)
-	m.clusters = newCache(blocks)
+	m.tables = imgfile.NewLRU[uint64, []byte](blocks)
+	m.clusters = imgfile.NewLRU[uint64, []byte](blocks)
 	if m.backingName != "" {
 		m.backing, err = m.openBacking(o)
 	}
@@ -147,5 +149,5 @@ func (m *Image) Close() error {
 	return err
 }
 
-// Size returns the size of the disk in bytes.
+// Size implements [image.Disk].
 func (m *Image) Size() int64 { return m.size }

@@ -12,7 +12,7 @@ import (
 	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
-// ReadAt implements [io.ReaderAt]. Runs of clusters that are neighbours in the
+// ReadAt implements [image.Disk]. Runs of clusters that are neighbours in the
 // file too are read at once.
 func (m *Image) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < 0 {
@@ -86,7 +86,7 @@ func (m *Image) runExtents(ctx context.Context, r run) iter.Seq2[image.Extent, e
 	case r.kind == kindBacking:
 		return m.backingExtents(ctx, r)
 	case r.kind == kindData && m.sparse:
-		return m.sparseExtents(ctx, r)
+		return imgfile.ExtentsAt(ctx, m.file, r.host, r.len, r.off)
 	default:
 		return func(yield func(image.Extent, error) bool) {
 			yield(image.Extent{Off: r.off, Len: r.len, Zero: r.kind == kindZero}, nil)
@@ -106,18 +106,6 @@ func (m *Image) backingExtents(ctx context.Context, r run) iter.Seq2[image.Exten
 		}
 		if length < r.len {
 			yield(image.Extent{Off: r.off + length, Len: r.len - length, Zero: true}, nil)
-		}
-	}
-}
-
-// sparseExtents tells the holes of the file from its data in a run of data.
-func (m *Image) sparseExtents(ctx context.Context, r run) iter.Seq2[image.Extent, error] {
-	return func(yield func(image.Extent, error) bool) {
-		for e, err := range imgfile.Extents(ctx, m.file, r.host, r.len) {
-			e.Off += r.off - r.host
-			if !yield(e, err) || err != nil {
-				return
-			}
 		}
 	}
 }

@@ -191,8 +191,7 @@ func (im *Image) Extents(ctx context.Context, off, length int64) iter.Seq2[image
 				}
 				continue
 			}
-			for e, err := range imgfile.Extents(ctx, im.f, r.at, r.len) {
-				e.Off += r.off - r.at
+			for e, err := range imgfile.ExtentsAt(ctx, im.f, r.at, r.len, r.off) {
 				if !yield(e, err) || err != nil {
 					return
 				}

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 const (
@@ -20,6 +21,7 @@ const (
 // Kinds of extents that are read.
 const (
 	kindFlat   = "FLAT"
+	kindVMFS   = "VMFS" // the same, in a datastore of ESXi and in copies from there
 	kindSparse = "SPARSE"
 	kindZero   = "ZERO"
 )
@@ -44,16 +46,16 @@ type extentLine struct {
 	size   int64 // bytes
 	kind   string
 	name   string
-	offset int64 // bytes, of flat extents
+	offset int64 // bytes, of flat extents; those of VMFS have none and start at 0
 }
 
 // readDescriptor reads the descriptor in length bytes at off.
-func readDescriptor(f file, off, length int64) (descriptor, error) {
+func readDescriptor(f imgfile.File, off, length int64) (descriptor, error) {
 	if length > maxDescriptor {
 		return descriptor{}, fmt.Errorf("%w: descriptor of %d bytes", image.ErrCorrupt, length)
 	}
 	text := make([]byte, length)
-	if err := f.read(text, off); err != nil {
+	if err := imgfile.ReadFull(f.File, text, off); err != nil {
 		return descriptor{}, err
 	}
 	text, _, _ = bytes.Cut(text, []byte{0}) // embedded ones are padded
@@ -163,7 +165,7 @@ func (d descriptor) check(types ...string) error {
 	}
 	for _, e := range d.extents {
 		switch {
-		case e.kind != kindFlat && e.kind != kindSparse && e.kind != kindZero:
+		case !slices.Contains([]string{kindFlat, kindVMFS, kindSparse, kindZero}, e.kind):
 			return fmt.Errorf("%w: %.80s extent %.80q", image.ErrUnsupported, e.kind, e.name)
 		case e.access == "NOACCESS":
 			return fmt.Errorf("%w: NOACCESS extent %.80q", image.ErrUnsupported, e.name)

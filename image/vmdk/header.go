@@ -6,6 +6,7 @@ import (
 	"math/bits"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 const (
@@ -56,18 +57,18 @@ type header struct {
 
 // readHeader reads a sparse extent's header, or its footer where the header
 // leaves the directory's place to it.
-func readHeader(f file) (header, error) {
+func readHeader(f imgfile.File) (header, error) {
 	h, err := readHeaderAt(f, 0)
 	if err != nil || h.Directory != directoryAtEnd {
 		return h, err
 	}
 	// The end is three sectors: footer marker, footer, end-of-stream marker.
 	end := make([]byte, 3*sectorSize)
-	start := f.size - int64(len(end))
-	if f.size%sectorSize != 0 || start < sectorSize {
+	start := f.Size - int64(len(end))
+	if f.Size%sectorSize != 0 || start < sectorSize {
 		return h, fmt.Errorf("%w: stream ends without a footer", image.ErrCorrupt)
 	}
-	if err := f.read(end, start); err != nil {
+	if err := imgfile.ReadFull(f.File, end, start); err != nil {
 		return h, err
 	}
 	var footer, eos marker
@@ -79,10 +80,10 @@ func readHeader(f file) (header, error) {
 	return readHeaderAt(f, start+sectorSize)
 }
 
-func readHeaderAt(f file, off int64) (header, error) {
+func readHeaderAt(f imgfile.File, off int64) (header, error) {
 	var h header
 	sector := make([]byte, sectorSize)
-	if err := f.read(sector, off); err != nil {
+	if err := imgfile.ReadFull(f.File, sector, off); err != nil {
 		return h, err
 	}
 	if _, err := binary.Decode(sector, binary.LittleEndian, &h); err != nil {

@@ -13,11 +13,12 @@ import (
 	"github.com/klauspost/compress/zlib"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 // sparse is an extent made of grains. Sizes and places are in bytes.
 type sparse struct {
-	file
+	imgfile.File
 	size          int64 // of the extent on the disk
 	grain         int64
 	directory     int64 // place in the file
@@ -26,22 +27,38 @@ type sparse struct {
 	descriptorLen int64 // 0 if there is none
 	zeroGrains    bool
 	compressed    bool
-	caches        caches
+	caches        *caches
+}
+
+// caches are shared by all extents of an image.
+type caches struct {
+	tables *imgfile.LRU[cacheKey, []uint32] // pieces of directories, and tables: 2 KiB each
+	grains *imgfile.LRU[cacheKey, []byte]   // inflated grains
+}
+
+type cacheKey struct {
+	s   *sparse
+	off int64 // of entries in the file, of a grain on the disk
+	n   int64 // entries or bytes: a directory may name itself as a table
+}
+
+func newCaches() *caches {
+	return &caches{imgfile.NewLRU[cacheKey, []uint32](2048), imgfile.NewLRU[cacheKey, []byte](16)}
 }
 
 // openSparse takes ownership of f only when it succeeds.
-func openSparse(f file, c caches) (*sparse, error) {
+func openSparse(f imgfile.File, c *caches) (*sparse, error) {
 	h, err := readHeader(f)
 	if err != nil {
 		return nil, err
 	}
 	// Places are compared in sectors: in bytes they may not fit 64 bits.
-	sectors := uint64(f.size) / sectorSize
+	sectors := uint64(f.Size) / sectorSize
 	if h.Directory > sectors || h.Descriptor > sectors || h.DescriptorLen > sectors {
 		return nil, fmt.Errorf("%w: %s ends before its directory or descriptor", image.ErrCorrupt, f.Name())
 	}
 	s := &sparse{
-		file:       f,
+		File:       f,
 		size:       int64(h.Capacity) * sectorSize,
 		grain:      int64(h.Grain) * sectorSize,
 		directory:  int64(h.Directory) * sectorSize,
@@ -54,12 +71,12 @@ func openSparse(f file, c caches) (*sparse, error) {
 		s.descriptor = int64(h.Descriptor) * sectorSize
 		s.descriptorLen = int64(h.DescriptorLen) * sectorSize
 	}
-	return s, f.has(s.directory, s.tables*4)
+	return s, f.Has(s.directory, s.tables*4)
 }
 
 // openSparsePart opens an extent of which the descriptor says that it has size
 // bytes. The header may say more, as it may count whole grains.
-func openSparsePart(f file, size int64, c caches) (*sparse, error) {
+func openSparsePart(f imgfile.File, size int64, c *caches) (*sparse, error) {
 	s, err := openSparse(f, c)
 	if err != nil {
 		return nil, err
@@ -73,9 +90,9 @@ func openSparsePart(f file, size int64, c caches) (*sparse, error) {
 
 // entries returns n entries of a directory or a table, at off in the file.
 func (s *sparse) entries(off, n int64) ([]uint32, error) {
-	return s.caches.tables.get(cacheKey{s, off, n}, func() ([]uint32, error) {
+	return s.caches.tables.Get(cacheKey{s, off, n}, func() ([]uint32, error) {
 		var buf [tableBytes]byte
-		if err := s.read(buf[:4*n], off); err != nil {
+		if err := imgfile.ReadFull(s.File.File, buf[:4*n], off); err != nil {
 			return nil, err
 		}
 		entries := make([]uint32, n)
@@ -129,10 +146,10 @@ func (s *sparse) find(off, length int64) (run, error) {
 	}
 	r.place = int64(table[i]) * sectorSize
 	if s.compressed {
-		return r, s.has(r.place, grainMarkerLen)
+		return r, s.Has(r.place, grainMarkerLen)
 	}
 	r.place += inGrain
-	return r, s.has(r.place, r.length)
+	return r, s.Has(r.place, r.length)
 }
 
 func (s *sparse) isZero(entry uint32) bool {
@@ -180,7 +197,7 @@ func (s *sparse) readAt(p []byte, off int64) error {
 		case s.compressed:
 			err = s.readGrain(part, off, r.place)
 		default:
-			err = s.read(part, r.place)
+			err = imgfile.ReadFull(s.File.File, part, r.place)
 		}
 		if err != nil {
 			return err
@@ -198,7 +215,7 @@ func (s *sparse) readGrain(p []byte, off, place int64) error {
 	if int64(len(p)) == s.grain {
 		return s.inflate(p, start, place)
 	}
-	data, err := s.caches.grains.get(cacheKey{s, start, s.grain}, func() ([]byte, error) {
+	data, err := s.caches.grains.Get(cacheKey{s, start, s.grain}, func() ([]byte, error) {
 		data := make([]byte, s.grain)
 		return data, s.inflate(data, start, place)
 	})
@@ -222,7 +239,7 @@ var inflaters = sync.Pool{New: func() any { return new(inflater) }}
 // that it belongs at start on the disk.
 func (s *sparse) inflate(p []byte, start, place int64) error {
 	var m [grainMarkerLen]byte
-	if err := s.read(m[:], place); err != nil {
+	if err := imgfile.ReadFull(s.File.File, m[:], place); err != nil {
 		return err
 	}
 	sector := binary.LittleEndian.Uint64(m[:])
@@ -237,7 +254,7 @@ func (s *sparse) inflate(p []byte, start, place int64) error {
 		in.packed = make([]byte, size)
 	}
 	packed := in.packed[:size]
-	if err := s.read(packed, place+grainMarkerLen); err != nil {
+	if err := imgfile.ReadFull(s.File.File, packed, place+grainMarkerLen); err != nil {
 		return err
 	}
 	n, err := in.inflate(p, packed)

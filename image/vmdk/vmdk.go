@@ -1,15 +1,16 @@
 // Package vmdk reads VMware virtual disks and writes stream-optimized ones.
 //
-// # Format
+// # On-disk format
 //
 // An image is a text descriptor and one or more extents that follow each other
 // on the disk. All numbers are little-endian and count sectors of 512 bytes.
 // The descriptor is a file of its own that names its extent files
-// (monolithicFlat, twoGbMaxExtentFlat, twoGbMaxExtentSparse), or it is embedded
-// in the one sparse extent that is the image (monolithicSparse,
+// (monolithicFlat, twoGbMaxExtentFlat, twoGbMaxExtentSparse, vmfs), or it is
+// embedded in the one sparse extent that is the image (monolithicSparse,
 // streamOptimized). An extent is
 //
-//   - flat: its bytes as they are in a file, from an offset on;
+//   - flat: its bytes as they are in a file, from an offset on; in a disk from
+//     an ESXi datastore (kind VMFS) from the start on;
 //   - zero: it reads as zeros and has no file;
 //   - sparse: a [header], a grain directory, grain tables of 512 entries and
 //     grains of 64 KiB. A directory entry is the sector of a table, a table
@@ -25,8 +26,8 @@
 //
 // # Limits
 //
-// Disks that depend on a parent, extents on VMFS, seSparse (ESXi) and raw devices, and
-// encrypted disks are refused with [image.ErrUnsupported]. So are extents that
+// Disks that depend on a parent, ESXi's sparse kinds of extents (VMFSSPARSE,
+// SESPARSE), raw devices (VMFSRAW, VMFSRDM) and encrypted disks are refused with [image.ErrUnsupported]. So are extents that
 // their descriptor calls NOACCESS. Files outside the image's folder need
 // [image.OpenOptions] AllowOutside. A grain, table or flat extent past
 // the end of its file is [image.ErrCorrupt], never zeros.
@@ -52,6 +53,7 @@ import (
 	"sort"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgfile"
 )
 
 const (
@@ -104,12 +106,12 @@ func Open(f *os.File, o image.OpenOptions) (*Image, error) {
 }
 
 func (m *Image) open(f *os.File, o image.OpenOptions) error {
-	file, err := newFile(f)
+	file, err := imgfile.NewFile(f)
 	if err != nil {
 		return err
 	}
-	head := make([]byte, min(int64(len(textMagic)), file.size))
-	if err := file.read(head, 0); err != nil {
+	head := make([]byte, min(int64(len(textMagic)), file.Size))
+	if err := imgfile.ReadFull(f, head, 0); err != nil {
 		return err
 	}
 	switch {
@@ -124,7 +126,7 @@ func (m *Image) open(f *os.File, o image.OpenOptions) error {
 }
 
 // openMonolithic opens an image whose descriptor is embedded in its one extent.
-func (m *Image) openMonolithic(f file) error {
+func (m *Image) openMonolithic(f imgfile.File) error {
 	s, err := openSparse(f, newCaches())
 	if err != nil {
 		return err
@@ -147,12 +149,12 @@ func (m *Image) openMonolithic(f file) error {
 }
 
 // openDescribed opens the extents that the descriptor file f names, and closes f.
-func (m *Image) openDescribed(f file, o image.OpenOptions) error {
-	d, err := readDescriptor(f, 0, f.size)
+func (m *Image) openDescribed(f imgfile.File, o image.OpenOptions) error {
+	d, err := readDescriptor(f, 0, f.Size)
 	if err != nil {
 		return err
 	}
-	if err := d.check("monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse"); err != nil {
+	if err := d.check("monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "vmfs"); err != nil {
 		return err
 	}
 	c := newCaches()
@@ -169,7 +171,7 @@ func (m *Image) openDescribed(f file, o image.OpenOptions) error {
 	return f.Close()
 }
 
-func openExtent(imagePath string, line extentLine, c caches, o image.OpenOptions) (extent, error) {
+func openExtent(imagePath string, line extentLine, c *caches, o image.OpenOptions) (extent, error) {
 	if line.kind == kindZero {
 		return zeros{}, nil
 	}
@@ -177,16 +179,16 @@ func openExtent(imagePath string, line extentLine, c caches, o image.OpenOptions
 	if err != nil {
 		return nil, err
 	}
-	f, err := newFile(opened)
+	f, err := imgfile.NewFile(opened)
 	if err != nil {
 		opened.Close()
 		return nil, err
 	}
 	var e extent
-	if line.kind == kindFlat {
-		e, err = openFlat(f, line.offset, line.size)
-	} else {
+	if line.kind == kindSparse {
 		e, err = openSparsePart(f, line.size, c)
+	} else {
+		e, err = openFlat(f, line.offset, line.size)
 	}
 	if err != nil {
 		f.Close()
@@ -200,7 +202,7 @@ func (m *Image) add(e extent, size int64) {
 	m.size += size
 }
 
-// Size returns the disk's size in bytes.
+// Size implements [image.Disk].
 func (m *Image) Size() int64 { return m.size }
 
 // find returns the number of the span that holds off.
@@ -208,7 +210,7 @@ func (m *Image) find(off int64) int {
 	return sort.Search(len(m.spans), func(i int) bool { return off < m.spans[i].end })
 }
 
-// ReadAt reads the disk; see [image.Disk].
+// ReadAt implements [image.Disk].
 func (m *Image) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fmt.Errorf("vmdk: read at negative offset %d", off)
@@ -230,7 +232,7 @@ func (m *Image) ReadAt(p []byte, off int64) (int, error) {
 	return int(done), nil
 }
 
-// Extents yields what the disk's range holds; see [image.Disk]. Sparse extents
+// Extents implements [image.Disk]. Sparse extents
 // answer from their tables, flat ones from the holes of their files. A map
 // that points past the end of a file is an error that wraps [image.ErrCorrupt].
 func (m *Image) Extents(ctx context.Context, off, length int64) iter.Seq2[image.Extent, error] {

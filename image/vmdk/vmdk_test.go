@@ -188,6 +188,37 @@ RW	3	FLAT	"some name.bin"	297
 	checkSame(t, mustOpen(t, path), raw)
 }
 
+// TestVMFS reads what a download from a datastore of ESXi consists of: a
+// descriptor and the flat file, which is sparse here.
+func TestVMFS(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	data := pattern(3 * mib)
+	writeFile(t, folder, "web 1-flat.vmdk", data)
+	path := writeFile(t, folder, "web 1.vmdk", []byte(`# Disk DescriptorFile
+version=1
+encoding="UTF-8"
+CID=fffffffe
+parentCID=ffffffff
+createType="vmfs"
+
+# Extent description
+RW 6144 VMFS "web 1-flat.vmdk"
+
+# The Disk Data Base
+#DDB
+
+ddb.adapterType = "lsilogic"
+ddb.geometry.cylinders = "3"
+ddb.geometry.heads = "64"
+ddb.geometry.sectors = "32"
+ddb.thinProvisioned = "1"
+ddb.virtualHWVersion = "13"
+`))
+	checkSame(t, mustOpen(t, path), filepath.Join(folder, "web 1-flat.vmdk"))
+	checkAgainstQEMU(t, path)
+}
+
 func TestRefusedDescriptors(t *testing.T) {
 	t.Parallel()
 	outer := t.TempDir()
@@ -200,7 +231,10 @@ func TestRefusedDescriptors(t *testing.T) {
 	if err := os.Symlink("../x", filepath.Join(folder, "link")); err != nil {
 		t.Fatal(err)
 	}
-	const flat = `createType="monolithicFlat"` + "\n"
+	const (
+		flat = `createType="monolithicFlat"` + "\n"
+		vmfs = `createType="vmfs"` + "\n"
+	)
 	for _, tt := range []struct {
 		name, text string
 		want       error
@@ -209,8 +243,12 @@ func TestRefusedDescriptors(t *testing.T) {
 		{"parent", flat + "parentCID=12345678\nRW 8 FLAT \"a\" 0", image.ErrUnsupported, "12345678"},
 		{"parent name", flat + "parentFileNameHint=\"base.vmdk\"\nRW 8 FLAT \"a\" 0", image.ErrUnsupported, "base.vmdk"},
 		{"broken parent", flat + "parentCID=x\nRW 8 FLAT \"a\" 0", image.ErrCorrupt, "parentCID"},
-		{"vmfs", "createType=\"vmfs\"\nRW 8 VMFS \"a\"", image.ErrUnsupported, "vmfs"},
-		{"vmfs extent", flat + "RW 8 VMFS \"a\"", image.ErrUnsupported, "VMFS"},
+		{"vmfs short", vmfs + "RW 2049 VMFS \"a\"", image.ErrCorrupt, "a"},
+		{"vmfs outside", vmfs + "RW 8 VMFS \"../x\"", image.ErrUnsupported, "outside"},
+		{"sparse vmfs extent", vmfs + "RW 8 VMFSSPARSE \"a\"", image.ErrUnsupported, "VMFSSPARSE"},
+		{"seSparse vmfs extent", vmfs + "RW 8 SESPARSE \"a\"", image.ErrUnsupported, "SESPARSE"},
+		{"raw vmfs extent", vmfs + "RW 8 VMFSRAW \"a\"", image.ErrUnsupported, "VMFSRAW"},
+		{"mapped vmfs extent", vmfs + "RW 8 VMFSRDM \"a\"", image.ErrUnsupported, "VMFSRDM"},
 		{"vmfsSparse", "createType=\"vmfsSparse\"\nRW 8 VMFSSPARSE \"a\"", image.ErrUnsupported, "vmfsSparse"},
 		{"seSparse", "createType=\"seSparse\"\nRW 8 SESPARSE \"a\"", image.ErrUnsupported, "seSparse"},
 		{"raw device", "createType=\"vmfsRawDeviceMap\"\nRW 8 VMFSRDM \"a\"", image.ErrUnsupported, "vmfsRawDeviceMap"},

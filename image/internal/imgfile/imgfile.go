@@ -1,6 +1,6 @@
 // Package imgfile is what the readers and writers of image formats share about
-// the files below them: exact reads, holes, sparse writes and a bounded cache
-// for the tables of an image.
+// the files below them: exact reads, holes, sparse writes, and bounded caches of
+// pages ([Cache]) and of what is made from them ([LRU]).
 package imgfile
 
 import (
@@ -38,15 +38,33 @@ func IsBlockDevice(mode os.FileMode) bool {
 	return mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0
 }
 
-// ReadFull reads len(p) bytes at off. A file that ends before them is an error
-// that wraps [image.ErrCorrupt].
-func ReadFull(f *os.File, p []byte, off int64) error {
-	n, err := f.ReadAt(p, off)
-	if n == len(p) {
-		return nil // io.EOF beside a full read is no error
+// File is a file with the size that it had when it was opened, in bytes.
+type File struct {
+	*os.File
+	Size int64
+}
+
+// NewFile returns f with its size; see [Size].
+func NewFile(f *os.File) (File, error) {
+	size, err := Size(f)
+	return File{f, size}, err
+}
+
+// Has checks that n bytes at off lie inside the file. The error wraps
+// [image.ErrCorrupt].
+func (f File) Has(off, n int64) error {
+	if off < 0 || n < 0 || off > f.Size || n > f.Size-off {
+		return fmt.Errorf("%w: %s ends at byte %d, before the %d bytes at %d", image.ErrCorrupt, f.Name(), f.Size, n, off)
 	}
-	if err == io.EOF {
-		return fmt.Errorf("%w: %s ends at byte %d, inside the %d bytes at %d", image.ErrCorrupt, f.Name(), off+int64(n), len(p), off)
+	return nil
+}
+
+// ReadFull is [image.ReadFull] for the file below an image: one that ends
+// before the bytes do is an error that wraps [image.ErrCorrupt].
+func ReadFull(f *os.File, p []byte, off int64) error {
+	err := image.ReadFull(f, p, off)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: %s ends before or inside the %d bytes at %d", image.ErrCorrupt, f.Name(), len(p), off)
 	}
 	return err
 }
@@ -67,6 +85,19 @@ func Extents(ctx context.Context, f *os.File, off, length int64) iter.Seq2[image
 				return
 			}
 			off = e.End()
+		}
+	}
+}
+
+// ExtentsAt yields the extents of the length bytes at place of f as those of
+// a disk that has these bytes at off.
+func ExtentsAt(ctx context.Context, f *os.File, place, length, off int64) iter.Seq2[image.Extent, error] {
+	return func(yield func(image.Extent, error) bool) {
+		for e, err := range Extents(ctx, f, place, length) {
+			e.Off += off - place
+			if !yield(e, err) || err != nil {
+				return
+			}
 		}
 	}
 }
