@@ -2,6 +2,7 @@ package blockstore
 
 import (
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
 	"path/filepath"
 	"testing"
@@ -30,12 +31,16 @@ func reopen(b *testing.B, dir string) *Repository {
 	return r
 }
 
-// template is a chunk of which half does not compress.
+// template is a chunk, half noise and half words.
 func template() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	chunk := make([]byte, DefaultChunkSize)
-	for i := 0; i < len(chunk); i += 16 {
-		binary.LittleEndian.PutUint64(chunk[i:], rng.Uint64())
+	for i := 0; i < len(chunk); i += 8 {
+		if i&(2<<10) == 0 {
+			binary.LittleEndian.PutUint64(chunk[i:], rng.Uint64())
+		} else {
+			copy(chunk[i:], fmt.Sprintf("word%03d ", rng.IntN(200)))
+		}
 	}
 	return chunk
 }
