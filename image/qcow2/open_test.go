@@ -3,7 +3,6 @@ package qcow2_test
 import (
 	"bytes"
 	"compress/flate"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -12,11 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgtest"
 	"github.com/holdfast-backup/holdfast/image/qcow2"
 )
 
@@ -48,21 +47,17 @@ func put64(p []byte, off int, v uint64) { binary.BigEndian.PutUint64(p[off:], v)
 
 func write(t testing.TB, content []byte) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk.qcow2")
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
+	return imgtest.WriteFile(t, filepath.Join(t.TempDir(), "disk.qcow2"), content)
 }
 
 // readAll opens an image, walks its extents and reads it all.
-func readAll(path string) ([]byte, error) {
-	m, err := open(path)
+func readAll(t testing.TB, path string) ([]byte, error) {
+	t.Helper()
+	m, err := open(t, path)
 	if err != nil {
 		return nil, err
 	}
-	defer m.Close()
-	for _, err := range m.Extents(context.Background(), 0, m.Size()) {
+	for _, err := range m.Extents(t.Context(), 0, m.Size()) {
 		if err != nil {
 			return nil, err
 		}
@@ -78,7 +73,7 @@ func readAll(path string) ([]byte, error) {
 
 func TestTiny(t *testing.T) {
 	t.Parallel()
-	got, err := readAll(write(t, tiny()))
+	got, err := readAll(t, write(t, tiny()))
 	want := make([]byte, 1<<20)
 	copy(want, "data")
 	copy(want[1024:], "next")
@@ -117,7 +112,7 @@ func tinyCompressed(t testing.TB, useZstd bool) []byte {
 func TestTinyCompressed(t *testing.T) {
 	t.Parallel()
 	for _, useZstd := range []bool{false, true} {
-		got, err := readAll(write(t, tinyCompressed(t, useZstd)))
+		got, err := readAll(t, write(t, tinyCompressed(t, useZstd)))
 		if want := "compressed\x00"; err != nil || string(got[:11]) != want {
 			t.Errorf("zstd %v: got %.11q, %v, want %q", useZstd, got, err, want)
 		}
@@ -185,7 +180,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			got, err := readAll(write(t, tt.change(tiny())))
+			got, err := readAll(t, write(t, tt.change(tiny())))
 			if !errors.Is(err, tt.want) {
 				t.Fatalf("got %.20q, %v, want %v", got, err, tt.want)
 			}
@@ -230,27 +225,8 @@ func TestExtendedL2Refused(t *testing.T) {
 		put64(p, 1<<14, 2<<14)
 		put64(p, 2<<14, tt.entry)
 		put64(p, 2<<14+8, tt.bitmap)
-		if _, err := readAll(write(t, p)); !errors.Is(err, tt.want) {
+		if _, err := readAll(t, write(t, p)); !errors.Is(err, tt.want) {
 			t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
-		}
-	}
-}
-
-// TestOpenOwnsTheFile looks for a file that stays open.
-func TestOpenOwnsTheFile(t *testing.T) {
-	t.Parallel()
-	for _, content := range [][]byte{tiny(), tiny()[:600]} {
-		f, err := os.Open(write(t, content))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if m, err := qcow2.Open(f, image.OpenOptions{}); err == nil {
-			if err := m.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-		if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
-			t.Errorf("the file: got %v, want %v", err, os.ErrClosed)
 		}
 	}
 }
@@ -259,11 +235,8 @@ func TestOpenOwnsTheFile(t *testing.T) {
 // gave no way to open it.
 func TestBackingIsNotOpenedUnasked(t *testing.T) {
 	t.Parallel()
-	f, err := os.Open(write(t, backed(tiny(), 112, "base")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := qcow2.Open(f, image.OpenOptions{}); !errors.Is(err, image.ErrUnsupported) {
+	path := write(t, backed(tiny(), 112, "base"))
+	if _, err := imgtest.OpenImage(t, path, qcow2.Open, image.OpenOptions{}); !errors.Is(err, image.ErrUnsupported) {
 		t.Errorf("got %v, want %v", err, image.ErrUnsupported)
 	}
 }
@@ -299,46 +272,11 @@ func FuzzOpen(f *testing.F) {
 	f.Add(backed(tiny(), 112, "base"))
 
 	folder := f.TempDir()
-	if err := os.WriteFile(filepath.Join(folder, "base"), []byte("base"), 0o600); err != nil {
-		f.Fatal(err)
-	}
+	imgtest.WriteFile(f, filepath.Join(folder, "base"), []byte("base"))
 	f.Fuzz(func(t *testing.T, content []byte) {
-		file, err := os.CreateTemp(folder, "*.qcow2")
-		if err != nil {
-			t.Fatal(err)
-		}
-		os.Remove(file.Name())
-		if _, err := file.Write(content); err != nil {
-			t.Fatal(err)
-		}
-		m, err := qcow2.Open(file, options())
-		if err != nil {
-			return
-		}
-		defer m.Close()
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		next, count := int64(0), 0
-		p := make([]byte, 4096)
-		for e, err := range m.Extents(ctx, 0, m.Size()) {
-			if err != nil || count == 200 {
-				return
-			}
-			if e.Off != next || e.Len <= 0 || e.End() > m.Size() {
-				t.Fatalf("extent %v after %d of a disk of %d bytes", e, next, m.Size())
-			}
-			next = e.End()
-			count++
-			n, err := m.ReadAt(p[:min(e.Len, int64(len(p)))], e.Off)
-			if e.Zero && (err != nil || !image.IsZero(p[:n])) {
-				t.Fatalf("%v: got %v, %x, want zeros", e, err, p[:n])
-			}
-		}
-		if next != m.Size() {
-			t.Fatalf("extents end at %d of %d bytes", next, m.Size())
-		}
-		if n, err := m.ReadAt(p, m.Size()-min(10, m.Size())); err == nil || n > 10 {
-			t.Fatalf("read over the end: got %d, %v, want %v", n, err, io.EOF)
+		path := imgtest.WriteFile(t, filepath.Join(folder, "disk.qcow2"), content)
+		if m, err := open(t, path); err == nil {
+			imgtest.Exercise(t, m)
 		}
 	})
 }

@@ -21,12 +21,7 @@ const mib = 1 << 20
 
 func open(t testing.TB, path string) *raw.Image {
 	t.Helper()
-	im, err := raw.Open(imgtest.Open(t, path), image.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { im.Close() })
-	return im
+	return imgtest.MustOpen(t, path, raw.Open)
 }
 
 func TestRead(t *testing.T) {

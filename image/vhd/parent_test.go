@@ -36,7 +36,7 @@ type parentRef struct {
 // QEMU sets all bits of a bitmap; the caller clears those of sectors that shall be the parent's.
 func differencing(t testing.TB, path string, ref parentRef) {
 	t.Helper()
-	edit(t, path, func(b []byte) []byte {
+	imgtest.Edit(t, path, func(b []byte) []byte {
 		foot := bytes.Clone(b[len(b)-512:])
 		b = b[:len(b)-512]
 		be.PutUint32(foot[60:], 4)
@@ -69,21 +69,8 @@ func differencing(t testing.TB, path string, ref parentRef) {
 // identityOf returns the unique id in a VHD's footer.
 func identityOf(t testing.TB, path string) []byte {
 	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	b := imgtest.ReadFile(t, path)
 	return b[len(b)-512:][68:84]
-}
-
-// move puts a file into a folder under a name.
-func move(t testing.TB, path, folder, name string) string {
-	t.Helper()
-	target := filepath.Join(folder, name)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(target), 0o755), os.Rename(path, target)); err != nil {
-		t.Fatal(err)
-	}
-	return target
 }
 
 // options opens parents, and theirs.
@@ -113,8 +100,8 @@ func TestDifferencing(t *testing.T) {
 			clear(disk[:2*blockSize])
 			clear(disk[4*blockSize:])
 		}
-		path, _ = convert(t, disk, "subformat=dynamic,force_size=on")
-		path = move(t, path, dir, name)
+		made, _ := convert(t, disk, "subformat=dynamic,force_size=on")
+		path = imgtest.WriteFile(t, filepath.Join(dir, name), imgtest.ReadFile(t, made))
 		if over != "" {
 			differencing(t, path, parentRef{
 				id: identityOf(t, filepath.Join(dir, over)), locators: map[string]string{"W2ru": `.\` + over},
@@ -127,7 +114,7 @@ func TestDifferencing(t *testing.T) {
 		size := int64(16-2*i) * mib
 		path, disk := layer(name, []string{"base.vhd", "middle.vhd"}[i], size, uint64(i+1))
 		// In one block every third byte of the bitmap is the parent's.
-		edit(t, path, func(b []byte) []byte {
+		imgtest.Edit(t, path, func(b []byte) []byte {
 			for n := range 5 {
 				if got, want := be.Uint32(b[tableAt+4*n:]) != 1<<32-1, n == 2 || n == 3; got != want {
 					t.Fatalf("block %d of %s is in the file: %v, want %v", n, name, got, want)
@@ -147,20 +134,18 @@ func TestDifferencing(t *testing.T) {
 			}
 		}
 	}
-	im, err := vhd.Open(imgtest.Open(t, filepath.Join(dir, "top.vhd")), options())
+	im, err := imgtest.OpenImage(t, filepath.Join(dir, "top.vhd"), vhd.Open, options())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer im.Close()
 	imgtest.Check(t, im, want)
 
 	// What none of the three has is zero: nothing more and nothing less. The
 	// base and the middle end inside the range.
-	middle, err := vhd.Open(imgtest.Open(t, filepath.Join(dir, "middle.vhd")), options())
+	middle, err := imgtest.OpenImage(t, filepath.Join(dir, "middle.vhd"), vhd.Open, options())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer middle.Close()
 	var got []image.Extent
 	for _, e := range imgtest.Extents(t, middle, 0, middle.Size()) {
 		if e.End() > 10*mib {
@@ -174,6 +159,9 @@ func TestDifferencing(t *testing.T) {
 
 func TestFindsParent(t *testing.T) {
 	t.Parallel()
+	parentPath, want := convert(t, imgtest.Random(3*mib, 3), "subformat=dynamic")
+	parent := imgtest.ReadFile(t, parentPath)
+	empty := imgtest.ReadFile(t, imgtest.Convert(t, make([]byte, 3*mib), "vpc"))
 	for _, tt := range []struct {
 		name    string
 		parent  string // its place in the child's folder
@@ -201,19 +189,20 @@ func TestFindsParent(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			dir := filepath.Join(t.TempDir(), "vm")
-			base, want := convert(t, imgtest.Random(3*mib, 3), "subformat=dynamic")
-			base = move(t, base, dir, tt.parent)
-			child, _ := convert(t, make([]byte, 3*mib), "subformat=dynamic")
-			child = move(t, child, dir, "child.vhd")
+			base, child := filepath.Join(dir, tt.parent), filepath.Join(dir, "child.vhd")
+			if err := errors.Join(os.MkdirAll(dir, 0o755), os.MkdirAll(filepath.Dir(base), 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			imgtest.WriteFile(t, base, parent)
+			imgtest.WriteFile(t, child, empty)
 			if tt.ref.id == nil {
 				tt.ref.id = identityOf(t, base)
 			}
 			differencing(t, child, tt.ref)
 			o := options()
 			o.AllowOutside = tt.outside
-			im, err := vhd.Open(imgtest.Open(t, child), o)
+			im, err := imgtest.OpenImage(t, child, vhd.Open, o)
 			if err == nil {
-				defer im.Close()
 				imgtest.Check(t, im, want)
 			}
 			if !errors.Is(err, tt.want) || tt.want != nil && !strings.Contains(err.Error(), tt.says) {
@@ -238,11 +227,7 @@ func FuzzOpen(f *testing.F) {
 	const start = 3 << 10
 	path, _ := convert(f, imgtest.Random(5*mib, 3), "subformat=dynamic")
 	for range 2 {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(b[:start])
+		f.Add(imgtest.ReadFile(f, path)[:start])
 		differencing(f, path, parentRef{name: "fuzz.vhd", locators: map[string]string{"W2ru": `.\x.vhd`}})
 	}
 	f.Fuzz(func(t *testing.T, head []byte) {
@@ -267,20 +252,8 @@ func FuzzOpen(f *testing.F) {
 			}
 			return im, nil
 		}
-		im, err := vhd.Open(imgtest.Open(t, path), o)
-		if err != nil {
-			return
-		}
-		defer im.Close()
-		buf := make([]byte, 5000)
-		for i := range int64(20) {
-			_, _ = im.ReadAt(buf, im.Size()/20*i)
-		}
-		count := 0
-		for range im.Extents(t.Context(), 0, im.Size()) {
-			if count++; count > 1000 {
-				break
-			}
+		if im, err := imgtest.OpenImage(t, path, vhd.Open, o); err == nil {
+			imgtest.Exercise(t, im)
 		}
 	})
 }

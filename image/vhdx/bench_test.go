@@ -1,14 +1,11 @@
 package vhdx_test
 
 import (
-	"context"
+	"bytes"
 	"io"
-	"iter"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -16,37 +13,13 @@ import (
 	"github.com/holdfast-backup/holdfast/image/vhdx"
 )
 
-// sparse is a disk that has a MiB of the same byte at a few offsets, which are
-// multiples of a MiB, and zeros elsewhere.
-type sparse struct {
-	size int64
-	data map[int64]byte
-}
-
-func (s sparse) Size() int64 { return s.size }
-
-func (s sparse) ReadAt(p []byte, off int64) (int, error) {
-	for i := range p {
-		at := off + int64(i)
-		p[i] = s.data[at-at%mib]
+// mibs returns a disk that has a MiB of the same byte at a few offsets.
+func mibs(size int64, data map[int64]byte) image.Disk {
+	d := imgtest.Sparse{Bytes: size, Data: map[int64][]byte{}}
+	for off, b := range data {
+		d.Data[off] = bytes.Repeat([]byte{b}, mib)
 	}
-	return len(p), nil
-}
-
-func (s sparse) Extents(context.Context, int64, int64) iter.Seq2[image.Extent, error] {
-	return func(yield func(image.Extent, error) bool) {
-		at := int64(0)
-		for _, off := range slices.Sorted(maps.Keys(s.data)) {
-			if off > at && !yield(image.Extent{Off: at, Len: off - at, Zero: true}, nil) ||
-				!yield(image.Extent{Off: off, Len: mib}, nil) {
-				return
-			}
-			at = off + mib
-		}
-		if at < s.size {
-			yield(image.Extent{Off: at, Len: s.size - at, Zero: true}, nil)
-		}
-	}
+	return d
 }
 
 func benchDisk() []byte {
@@ -59,14 +32,7 @@ func benchDisk() []byte {
 func BenchmarkRead(b *testing.B) {
 	im := open(b, written(b, imgtest.Disk(benchDisk())))
 	b.Run("sequential", func(b *testing.B) {
-		buf := make([]byte, mib)
-		b.SetBytes(im.Size())
-		b.ReportAllocs()
-		for b.Loop() {
-			if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(im, 0, im.Size()), buf); err != nil {
-				b.Fatal(err)
-			}
-		}
+		imgtest.ReadInOrder(b, im)
 	})
 	b.Run("random4k", func(b *testing.B) {
 		b.SetBytes(4096)
@@ -85,7 +51,7 @@ func BenchmarkRead(b *testing.B) {
 
 // BenchmarkExtents walks the map of a disk of 64 TiB that is nearly empty.
 func BenchmarkExtents(b *testing.B) {
-	im := open(b, written(b, sparse{size: 64 << 40, data: map[int64]byte{0: 1, 63 << 40: 2}}))
+	im := open(b, written(b, mibs(64<<40, map[int64]byte{0: 1, 63 << 40: 2})))
 	for b.Loop() {
 		for _, err := range im.Extents(b.Context(), 0, im.Size()) {
 			if err != nil {

@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -26,25 +24,7 @@ const (
 
 func open(t testing.TB, path string) *vhdx.Image {
 	t.Helper()
-	im, err := vhdx.Open(imgtest.Open(t, path), image.OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { im.Close() })
-	return im
-}
-
-// convert returns a VHDX that qemu-img made of disk.
-func convert(t testing.TB, disk []byte, options string) string {
-	t.Helper()
-	dir := t.TempDir()
-	plain, path := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.vhdx")
-	imgtest.WriteFile(t, plain, disk)
-	imgtest.Run(t, "qemu-img", "convert", "-f", "raw", "-O", "vhdx", "-o", options, plain, path)
-	if err := os.Remove(plain); err != nil {
-		t.Fatal(err)
-	}
-	return path
+	return imgtest.MustOpen(t, path, vhdx.Open)
 }
 
 func TestReadsQEMU(t *testing.T) {
@@ -62,7 +42,7 @@ func TestReadsQEMU(t *testing.T) {
 		t.Run(options, func(t *testing.T) {
 			t.Parallel()
 			want := imgtest.Random(10*mib+512*5, uint64(i))
-			path := convert(t, want, options)
+			path := imgtest.Convert(t, want, "vhdx", "-o", options)
 			im := open(t, path)
 			imgtest.Check(t, im, want)
 			// QEMU does not tell the extents of a VHDX: zero are, to the page, the
@@ -97,8 +77,8 @@ func TestEmptyDisk(t *testing.T) {
 func TestOverwritten(t *testing.T) {
 	t.Parallel()
 	want := imgtest.Random(20*mib, 9)
-	path := convert(t, want, "block_size=1M")
-	imgtest.Run(t, "qemu-io", "-f", "vhdx", "-c", "write -P 7 3M 2500k", "-c", "write -P 8 17000k 1k", path)
+	path := imgtest.Convert(t, want, "vhdx", "-o", "block_size=1M")
+	imgtest.QEMUIO(t, "vhdx", path, "write -P 7 3M 2500k", "write -P 8 17000k 1k")
 	copy(want[3*mib:], bytes.Repeat([]byte{7}, 2500<<10))
 	copy(want[17000<<10:], bytes.Repeat([]byte{8}, 1<<10))
 	imgtest.Check(t, open(t, path), want)
@@ -110,7 +90,7 @@ func TestChunks(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "disk.vhdx")
 	imgtest.Run(t, "qemu-img", "create", "-f", "vhdx", "-o", "block_size=1M", path, "13G")
-	imgtest.Run(t, "qemu-io", "-f", "vhdx", "-c", "write -P 1 4095M 2M", "-c", "write -P 2 8191M 1M", "-c", "write -P 3 8193M 1M", path)
+	imgtest.QEMUIO(t, "vhdx", path, "write -P 1 4095M 2M", "write -P 2 8191M 1M", "write -P 3 8193M 1M")
 	im := open(t, path)
 	for at, want := range map[int64]byte{4094: 0, 4095: 1, 4096: 1, 4097: 0, 8191: 2, 8192: 0, 8193: 3, 8194: 0, 13311: 0} {
 		got := make([]byte, mib)
@@ -148,26 +128,7 @@ const (
 // written returns a file that Write made of disk.
 func written(t testing.TB, disk image.Disk) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk.vhdx")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := vhdx.Write(t.Context(), f, disk, image.WriteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-// edit changes a file's bytes in place.
-func edit(t testing.TB, path string, change func(b []byte) []byte) {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	imgtest.WriteFile(t, path, change(b))
+	return imgtest.WriteImage(t, disk, vhdx.Write)
 }
 
 // seal enters the right checksum of a structure.
@@ -186,10 +147,7 @@ const (
 func TestDamaged(t *testing.T) {
 	t.Parallel()
 	disk := imgtest.Random(2*mib, 4)
-	intact, err := os.ReadFile(written(t, imgtest.Disk(disk)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	intact := imgtest.ReadFile(t, written(t, imgtest.Disk(disk)))
 	le := binary.LittleEndian
 	for _, tt := range []struct {
 		name   string
@@ -253,33 +211,10 @@ func TestDamaged(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			path := filepath.Join(t.TempDir(), "disk.vhdx")
-			imgtest.WriteFile(t, path, tt.change(bytes.Clone(intact)))
-			im, err := vhdx.Open(imgtest.Open(t, path), image.OpenOptions{})
-			if err == nil {
-				defer im.Close()
-				if tt.want == nil {
-					imgtest.Check(t, im, disk)
-					return
-				}
-				err = imgtest.FirstError(t.Context(), im)
-				if readErr := readAll(im); (readErr == nil) != (err == nil) {
-					t.Errorf("reading: %v, extents: %v", readErr, err)
-				}
-			}
-			if !errors.Is(err, tt.want) || tt.want != nil && !strings.Contains(err.Error(), tt.says) {
-				t.Errorf("got %v, want %v with %q", err, tt.want, tt.says)
-			}
-			if err != nil && !strings.Contains(err.Error(), path) {
-				t.Errorf("%v does not name the file", err)
-			}
+			path := imgtest.WriteFile(t, filepath.Join(t.TempDir(), "disk"), tt.change(bytes.Clone(intact)))
+			imgtest.CheckDamaged(t, path, vhdx.Open, disk, tt.want, tt.says)
 		})
 	}
-}
-
-func readAll(im *vhdx.Image) error {
-	_, err := io.Copy(io.Discard, io.NewSectionReader(im, 0, im.Size()))
-	return err
 }
 
 // TestZeroStates sets every state that reads as zeros.
@@ -287,7 +222,7 @@ func TestZeroStates(t *testing.T) {
 	t.Parallel()
 	disk := bytes.Repeat([]byte{1}, 7*mib)
 	path := written(t, imgtest.Disk(disk))
-	edit(t, path, func(b []byte) []byte {
+	imgtest.Edit(t, path, func(b []byte) []byte {
 		for i, state := range []byte{0, 1, 2, 3, 5} {
 			b[batAt+8*i] = b[batAt+8*i]&^7 | state
 		}
@@ -306,7 +241,7 @@ func TestZeroStates(t *testing.T) {
 // after 32 GiB of blocks, not after 4. QEMU neither makes nor reads them.
 func TestLargeSectors(t *testing.T) {
 	t.Parallel()
-	path := written(t, sparse{size: 33 * gib, data: map[int64]byte{0: 1, 32*gib - mib: 3}})
+	path := written(t, mibs(33*gib, map[int64]byte{0: 1, 32*gib - mib: 3}))
 	edit512 := func(f *os.File) error { // moves entry 32768-1 from its place with 512 bytes to that with 4096
 		entry := make([]byte, 8)
 		from, to := int64(32767+32767/4096), int64(32767)
@@ -343,11 +278,7 @@ func TestWrite(t *testing.T) {
 		want := append(disk, make([]byte, -size&511)...)
 		im := open(t, path)
 		imgtest.Check(t, im, want)
-
-		plain := filepath.Join(t.TempDir(), "plain.raw")
-		imgtest.WriteFile(t, plain, want)
-		imgtest.Run(t, "qemu-img", "check", "-f", "vhdx", path)
-		imgtest.Run(t, "qemu-img", "compare", "-f", "vhdx", "-F", "raw", path, plain)
+		imgtest.QEMUCompare(t, "vhdx", path, want)
 	}
 }
 
@@ -358,7 +289,7 @@ func TestWriteThenQEMU(t *testing.T) {
 	disk := imgtest.Random(12*mib, 8)
 	clear(disk[4*mib : 9*mib])
 	path := written(t, imgtest.Disk(disk))
-	imgtest.Run(t, "qemu-io", "-f", "vhdx", "-c", "write -P 5 5000k 3000k", path)
+	imgtest.QEMUIO(t, "vhdx", path, "write -P 5 5000k 3000k")
 	copy(disk[5000<<10:], bytes.Repeat([]byte{5}, 3000<<10))
 	imgtest.Run(t, "qemu-img", "check", "-f", "vhdx", path)
 	imgtest.Check(t, open(t, path), disk)
@@ -368,7 +299,7 @@ func TestWriteThenQEMU(t *testing.T) {
 func TestHuge(t *testing.T) {
 	t.Parallel()
 	const size = 64 << 40
-	disk := sparse{size: size, data: map[int64]byte{0: 1, 31 << 40: 2, size - mib: 3}}
+	disk := mibs(size, map[int64]byte{0: 1, 31 << 40: 2, size - mib: 3})
 	start := time.Now()
 	path := written(t, disk)
 	imgtest.Run(t, "qemu-img", "check", "-f", "vhdx", path)
@@ -391,7 +322,7 @@ func TestHuge(t *testing.T) {
 		t.Errorf("took %v, want seconds", took)
 	}
 	for _, size := range []int64{0, size + 512} {
-		if err := vhdx.Write(t.Context(), nil, sparse{size: size}, image.WriteOptions{}); !errors.Is(err, image.ErrUnsupported) {
+		if err := vhdx.Write(t.Context(), nil, imgtest.Sparse{Bytes: size}, image.WriteOptions{}); !errors.Is(err, image.ErrUnsupported) {
 			t.Errorf("a disk of %d bytes: got %v, want %v", size, err, image.ErrUnsupported)
 		}
 	}
@@ -403,30 +334,11 @@ func FuzzOpen(f *testing.F) {
 		written(f, imgtest.Disk(disk[:512])),
 		written(f, imgtest.Disk(disk)),
 	} {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(compact(b))
+		f.Add(compact(imgtest.ReadFile(f, path)))
 	}
 	f.Fuzz(func(t *testing.T, parts []byte) {
-		im, err := vhdx.Open(imgtest.Open(t, expand(t, parts)), image.OpenOptions{})
-		if err != nil {
-			return
-		}
-		defer im.Close()
-		buf := make([]byte, 5000)
-		rnd := rand.New(rand.NewPCG(1, 1))
-		for range 20 {
-			if im.Size() > 0 {
-				_, _ = im.ReadAt(buf, rnd.Int64N(im.Size()))
-			}
-		}
-		count := 0
-		for range im.Extents(t.Context(), 0, im.Size()) {
-			if count++; count > 1000 {
-				break
-			}
+		if im, err := imgtest.OpenImage(t, expand(t, parts), vhdx.Open, image.OpenOptions{}); err == nil {
+			imgtest.Exercise(t, im)
 		}
 	})
 }

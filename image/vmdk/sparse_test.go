@@ -11,6 +11,7 @@ import (
 	"github.com/klauspost/compress/zlib"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgtest"
 	"github.com/holdfast-backup/holdfast/image/vmdk"
 )
 
@@ -93,10 +94,7 @@ func TestTiny(t *testing.T) {
 	want := make([]byte, 40*512)
 	copy(want, tinyData())
 	for name, data := range map[string][]byte{"sparse": tinySparse(), "stream": tinyStream(t)} {
-		folder := t.TempDir()
-		raw := writeFile(t, folder, "want.raw", want)
-		path := writeFile(t, folder, name+".vmdk", data)
-		checkSame(t, mustOpen(t, path), raw)
+		imgtest.Check(t, mustOpen(t, writeFile(t, t.TempDir(), name+".vmdk", data)), want)
 	}
 }
 
@@ -153,16 +151,16 @@ func TestRefusedSparse(t *testing.T) {
 			data = tinyStream(t)
 		}
 		tt.damage(data)
-		d, err := open(t, writeFile(t, t.TempDir(), "tiny.vmdk", data))
-		if err == nil {
-			if _, small := d.ReadAt(make([]byte, 100), 50); !errors.Is(small, tt.want) {
-				t.Errorf("%s, small read: got %v, want %v", tt.name, small, tt.want)
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			path := writeFile(t, t.TempDir(), "tiny.vmdk", data)
+			if d, err := open(t, path); err == nil {
+				if _, err := d.ReadAt(make([]byte, 100), 50); !errors.Is(err, tt.want) {
+					t.Errorf("small read: got %v, want %v", err, tt.want)
+				}
 			}
-			err = readAll(d)
-		}
-		if !errors.Is(err, tt.want) {
-			t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
-		}
+			imgtest.CheckDamaged(t, path, vmdk.Open, nil, tt.want, "")
+		})
 	}
 }
 
@@ -171,7 +169,7 @@ func TestUncleanShutdown(t *testing.T) {
 	t.Parallel()
 	data := tinySparse()
 	data[72] = 1
-	if err := readAll(mustOpen(t, writeFile(t, t.TempDir(), "tiny.vmdk", data))); err != nil {
+	if err := imgtest.FirstError(t.Context(), mustOpen(t, writeFile(t, t.TempDir(), "tiny.vmdk", data))); err != nil {
 		t.Error(err)
 	}
 }
@@ -180,10 +178,10 @@ func TestUncleanShutdown(t *testing.T) {
 func TestHugeSparse(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "disk.vmdk")
-	run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat=streamOptimized", path, "256G")
+	imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat=streamOptimized", path, "256G")
 	d := mustOpen(t, path)
 	want := []image.Extent{{Len: 256 * gib, Zero: true}}
-	if got := extents(t, d); !slices.Equal(got, want) {
+	if got := imgtest.Extents(t, d, 0, d.Size()); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
@@ -198,42 +196,8 @@ func FuzzOpen(f *testing.F) {
 	f.Add(self)
 	folder := f.TempDir()
 	f.Fuzz(func(t *testing.T, data []byte) {
-		d, err := open(t, writeFile(t, folder, "disk.vmdk", data))
-		if err != nil {
-			return
+		if d, err := open(t, writeFile(t, folder, "disk.vmdk", data)); err == nil {
+			imgtest.Exercise(t, d)
 		}
-		exercise(t, d)
 	})
-}
-
-// exercise reads the disk's first and last bytes and the start of its map, of
-// which no range may overlap, and no zeros may read as something else.
-func exercise(t *testing.T, d *vmdk.Image) {
-	if d.Size() < 0 || d.Size() > image.MaxSize {
-		t.Fatalf("size %d", d.Size())
-	}
-	p := make([]byte, 64*kib)
-	d.ReadAt(p, 0)
-	d.ReadAt(p, max(0, d.Size()-4000))
-	next, count := int64(0), 0
-	for e, err := range d.Extents(t.Context(), 0, d.Size()) {
-		if err != nil {
-			return
-		}
-		if e.Off != next || e.Len <= 0 || e.End() > d.Size() {
-			t.Fatalf("got %v of %d bytes, want one from %d", e, d.Size(), next)
-		}
-		if next = e.End(); e.Zero {
-			q := p[:min(e.Len, int64(len(p)))]
-			if n, err := d.ReadAt(q, e.Off); n != len(q) || !image.IsZero(q) {
-				t.Fatalf("%v: read %d, %v, zero %v", e, n, err, image.IsZero(q))
-			}
-		}
-		if count++; count == 1000 {
-			return
-		}
-	}
-	if next != d.Size() {
-		t.Fatalf("map ends at %d of %d", next, d.Size())
-	}
 }

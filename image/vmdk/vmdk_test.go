@@ -4,20 +4,26 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgtest"
 	"github.com/holdfast-backup/holdfast/image/vmdk"
 )
 
-// subformats are all that qemu-img makes.
-var subformats = []string{"monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"}
+// checkLikeQEMU compares an image's bytes and map with what QEMU makes of it,
+// and the bytes with want.
+func checkLikeQEMU(t *testing.T, path string, want []byte) {
+	t.Helper()
+	if got := imgtest.CheckLikeQEMU(t, mustOpen(t, path), "vmdk", path); !bytes.Equal(got, want) {
+		t.Error("QEMU reads something else than what was written")
+	}
+}
 
 func TestReadSubformats(t *testing.T) {
 	t.Parallel()
@@ -31,17 +37,28 @@ func TestReadSubformats(t *testing.T) {
 		"subformat=streamOptimized",
 		"subformat=streamOptimized,zeroed_grain=on",
 	} {
-		for _, size := range []int{512, 64 * kib, 33*mib + 3*512} {
+		for _, size := range []int64{512, 3*mib + 3*512} {
 			t.Run(fmt.Sprintf("%s,size=%d", options, size), func(t *testing.T) {
 				t.Parallel()
-				folder := t.TempDir()
-				raw := writeFile(t, folder, "disk.raw", pattern(size))
-				path := filepath.Join(folder, "disk.vmdk")
-				run(t, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", options, raw, path)
-				checkSame(t, mustOpen(t, path), raw)
-				checkAgainstQEMU(t, path)
+				data := imgtest.Random(size, 1)
+				checkLikeQEMU(t, imgtest.Convert(t, data, "vmdk", "-o", options), data)
 			})
 		}
+	}
+}
+
+// TestReadTables reads disks whose data reaches from one grain table, of 32 MiB
+// of the disk, into the next.
+func TestReadTables(t *testing.T) {
+	t.Parallel()
+	for _, subformat := range []string{"monolithicSparse", "streamOptimized"} {
+		t.Run(subformat, func(t *testing.T) {
+			t.Parallel()
+			data := make([]byte, 33*mib+3*512)
+			copy(data[31*mib:], imgtest.Random(2*mib+3*512, 2))
+			copy(data[32*mib-100*kib:], bytes.Repeat([]byte("across the border"), 12*kib))
+			checkLikeQEMU(t, imgtest.Convert(t, data, "vmdk", "-o", "subformat="+subformat), data)
+		})
 	}
 }
 
@@ -52,11 +69,10 @@ func TestReadSplit(t *testing.T) {
 		t.Run(subformat, func(t *testing.T) {
 			t.Parallel()
 			path := filepath.Join(t.TempDir(), "disk.vmdk")
-			run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat="+subformat, path, "2200M")
-			run(t, "qemu-io", "-f", "vmdk", "-c", "write -P 0x11 0 128k", "-c", "write -P 0x22 2047M 2M",
-				"-c", "write -P 0x33 2199M 1M", path)
+			imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat="+subformat, path, "2200M")
+			imgtest.QEMUIO(t, "vmdk", path, "write -P 0x11 0 128k", "write -P 0x22 2047M 2M", "write -P 0x33 2199M 1M")
 			d := mustOpen(t, path)
-			if got, want := extents(t, d), qemuMap(t, path); !slices.Equal(got, want) || len(got) != 5 {
+			if got, want := imgtest.Extents(t, d, 0, d.Size()), imgtest.QEMUMap(t, "vmdk", path); !slices.Equal(got, want) || len(got) != 5 {
 				t.Errorf("extents: got %v, want %v", got, want)
 			}
 			got := make([]byte, 3*mib)
@@ -78,85 +94,20 @@ func TestReadSplit(t *testing.T) {
 func TestZeroedGrains(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "disk.vmdk")
-	run(t, "qemu-img", "create", "-f", "vmdk", "-o", "zeroed_grain=on", path, "40M")
-	run(t, "qemu-io", "-f", "vmdk", "-c", "write -P 0x11 0 4M", "-c", "write -z 1M 1M", "-c", "write -z 30M 1M", path)
-	checkAgainstQEMU(t, path)
+	imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", "-o", "zeroed_grain=on", path, "40M")
+	imgtest.QEMUIO(t, "vmdk", path, "write -P 0x11 0 4M", "write -z 1M 1M", "write -z 30M 1M")
+	zeroed := make([]byte, 40*mib)
+	copy(zeroed, bytes.Repeat([]byte{0x11}, 4*mib))
+	clear(zeroed[mib : 2*mib])
+	checkLikeQEMU(t, path, zeroed)
 	want := []image.Extent{
 		{Off: 0, Len: mib},
 		{Off: mib, Len: mib, Zero: true},
 		{Off: 2 * mib, Len: 2 * mib},
 		{Off: 4 * mib, Len: 36 * mib, Zero: true},
 	}
-	if got := extents(t, mustOpen(t, path)); !slices.Equal(got, want) {
+	if got := imgtest.Extents(t, mustOpen(t, path), 0, 40*mib); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
-	}
-}
-
-// TestExtentsClip asks for parts of a map.
-func TestExtentsClip(t *testing.T) {
-	t.Parallel()
-	for _, subformat := range subformats {
-		t.Run(subformat, func(t *testing.T) {
-			t.Parallel()
-			folder := t.TempDir()
-			data := make([]byte, 4*mib)
-			copy(data[mib:], bytes.Repeat([]byte{7}, mib))
-			raw := writeFile(t, folder, "disk.raw", data)
-			path := filepath.Join(folder, "disk.vmdk")
-			run(t, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+subformat, raw, path)
-			d := mustOpen(t, path)
-			for _, tt := range []struct {
-				off, length int64
-				want        []image.Extent
-			}{
-				{mib - 100, 300, []image.Extent{{Off: mib - 100, Len: 100, Zero: true}, {Off: mib, Len: 200}}},
-				{2*mib - 1, 10 * mib, []image.Extent{{Off: 2*mib - 1, Len: 1}, {Off: 2 * mib, Len: 2 * mib, Zero: true}}},
-				{mib + 5, 7, []image.Extent{{Off: mib + 5, Len: 7}}},
-				{4 * mib, 1, nil},
-				{-1, 10, nil},
-			} {
-				var got []image.Extent
-				for e, err := range image.Coalesce(d.Extents(t.Context(), tt.off, tt.length)) {
-					if err != nil {
-						t.Fatal(err)
-					}
-					got = append(got, e)
-				}
-				if !slices.Equal(got, tt.want) {
-					t.Errorf("[%d, +%d): got %v, want %v", tt.off, tt.length, got, tt.want)
-				}
-			}
-		})
-	}
-}
-
-// TestConcurrentReads reads small pieces from many goroutines at once.
-func TestConcurrentReads(t *testing.T) {
-	t.Parallel()
-	for _, subformat := range subformats {
-		t.Run(subformat, func(t *testing.T) {
-			t.Parallel()
-			folder := t.TempDir()
-			data := pattern(5 * mib)
-			raw := writeFile(t, folder, "disk.raw", data)
-			path := filepath.Join(folder, "disk.vmdk")
-			run(t, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+subformat, raw, path)
-			d := mustOpen(t, path)
-			var wg sync.WaitGroup
-			for worker := range 8 {
-				wg.Go(func() {
-					p := make([]byte, 9*kib)
-					for off := int64(worker * 1000); off+int64(len(p)) < d.Size(); off += 37 * kib {
-						if err := image.ReadFull(d, p, off); err != nil {
-							t.Error(err)
-						} else if !bytes.Equal(p, data[off:off+int64(len(p))]) {
-							t.Errorf("the bytes at %d differ", off)
-						}
-					}
-				})
-			}
-			wg.Wait()
-		})
 	}
 }
 
@@ -165,7 +116,7 @@ func TestConcurrentReads(t *testing.T) {
 func TestHandmadeDescriptor(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
-	data := pattern(300 * 512)
+	data := imgtest.Random(300*512, 1)
 	writeFile(t, folder, "some name.bin", data)
 	writeFile(t, folder, "tiny.vmdk", tinySparse())
 	path := writeFile(t, folder, "disk.vmdk", []byte(strings.ReplaceAll(`# Disk DescriptorFile
@@ -184,8 +135,7 @@ RW	3	FLAT	"some name.bin"	297
 	tiny := make([]byte, 40*512)
 	copy(tiny, tinyData())
 	want := slices.Concat(data[17*512:117*512], make([]byte, 7*512), tiny, data[297*512:])
-	raw := writeFile(t, folder, "want.raw", want)
-	checkSame(t, mustOpen(t, path), raw)
+	imgtest.Check(t, mustOpen(t, path), want)
 }
 
 // TestVMFS reads what a download from a datastore of ESXi consists of: a
@@ -193,7 +143,7 @@ RW	3	FLAT	"some name.bin"	297
 func TestVMFS(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
-	data := pattern(3 * mib)
+	data := imgtest.Random(3*mib, 1)
 	writeFile(t, folder, "web 1-flat.vmdk", data)
 	path := writeFile(t, folder, "web 1.vmdk", []byte(`# Disk DescriptorFile
 version=1
@@ -215,8 +165,7 @@ ddb.geometry.sectors = "32"
 ddb.thinProvisioned = "1"
 ddb.virtualHWVersion = "13"
 `))
-	checkSame(t, mustOpen(t, path), filepath.Join(folder, "web 1-flat.vmdk"))
-	checkAgainstQEMU(t, path)
+	checkLikeQEMU(t, path, data)
 }
 
 func TestRefusedDescriptors(t *testing.T) {
@@ -284,23 +233,17 @@ func TestRefusedDescriptors(t *testing.T) {
 		}
 	}
 	path := writeFile(t, folder, "disk.vmdk", []byte("# Disk DescriptorFile\n"+flat+"RW 8 FLAT \"../x\" 0"))
-	f, err := os.Open(path)
-	if err != nil {
+	if _, err := imgtest.OpenImage(t, path, vmdk.Open, image.OpenOptions{AllowOutside: true}); err != nil {
 		t.Fatal(err)
 	}
-	m, err := vmdk.Open(f, image.OpenOptions{AllowOutside: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.Close()
 }
 
 func TestRefusedSnapshot(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
 	base, child := filepath.Join(folder, "base.vmdk"), filepath.Join(folder, "child.vmdk")
-	run(t, "qemu-img", "create", "-f", "vmdk", base, "1M")
-	run(t, "qemu-img", "create", "-f", "vmdk", "-b", base, "-F", "vmdk", child)
+	imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", base, "1M")
+	imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", "-b", base, "-F", "vmdk", child)
 	if _, err := open(t, child); !errors.Is(err, image.ErrUnsupported) || !strings.Contains(err.Error(), base) {
 		t.Errorf("got %v, want %v with %q", err, image.ErrUnsupported, base)
 	}
@@ -310,7 +253,7 @@ func TestRefusedSnapshot(t *testing.T) {
 func TestRefusedPart(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "disk.vmdk")
-	run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", path, "1M")
+	imgtest.Run(t, "qemu-img", "create", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", path, "1M")
 	_, err := open(t, strings.Replace(path, "disk.vmdk", "disk-s001.vmdk", 1))
 	if err == nil {
 		t.Error("got no error")
@@ -326,52 +269,24 @@ func TestTruncated(t *testing.T) {
 		{"twoGbMaxExtentSparse", "disk-s001.vmdk"},
 		{"twoGbMaxExtentFlat", "disk-f001.vmdk"},
 		{"streamOptimized", "disk.vmdk"},
-		{"written", "disk.vmdk"},
+		{"written", "written"},
 	} {
 		t.Run(tt.subformat, func(t *testing.T) {
 			t.Parallel()
-			folder := t.TempDir()
-			data := pattern(2 * mib)
-			copy(data[2*mib-64*kib:], noise()) // QEMU leaves slack behind a compressed grain that is short
-			path := filepath.Join(folder, "disk.vmdk")
+			data := imgtest.Random(2*mib, 1)
+			noise := data[2*mib-64*kib:] // QEMU leaves slack behind a compressed grain that is short
+			rand.NewChaCha8([32]byte{}).Read(noise)
+			var path string
 			if tt.subformat == "written" {
-				path = write(t, memory{bytes.NewReader(data)})
-				folder = filepath.Dir(path)
+				path = imgtest.WriteImage(t, imgtest.Disk(data), vmdk.Write)
 			} else {
-				raw := writeFile(t, folder, "disk.raw", data)
-				run(t, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+tt.subformat, raw, path)
+				path = imgtest.Convert(t, data, "vmdk", "-o", "subformat="+tt.subformat)
 			}
-			file := filepath.Join(folder, tt.file)
-			info, err := os.Stat(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			cuts := []int64{info.Size() - 513, info.Size() - 1024, 64 * kib, 40 * kib, 12 * kib, 1024, 513, 512, 100, 4}
-			for i := range int64(16) {
-				cuts = append(cuts, info.Size()*(15-i)/16)
-			}
-			slices.Sort(cuts)
-			slices.Reverse(cuts)
-			for _, cut := range cuts {
-				if err := os.Truncate(file, cut); err != nil {
-					t.Fatal(err)
-				}
-				d, err := open(t, path)
-				if err == nil {
-					err = readAll(d)
-				}
-				if !errors.Is(err, image.ErrCorrupt) && !errors.Is(err, image.ErrNotImage) {
-					t.Errorf("%d of %d bytes: got %v, want %v", cut, info.Size(), err, image.ErrCorrupt)
-				}
-			}
+			file := filepath.Join(filepath.Dir(path), tt.file)
+			size := int64(len(imgtest.ReadFile(t, file)))
+			imgtest.CheckTruncated(t, path, file, vmdk.Open, size-513, size-1024, 64*kib, 40*kib, 12*kib, 1024, 513, 512, 100, 4)
 		})
 	}
-}
-
-// readAll reads a disk to its end.
-func readAll(d image.Disk) error {
-	_, err := io.Copy(io.Discard, io.NewSectionReader(d, 0, d.Size()))
-	return err
 }
 
 func TestMatch(t *testing.T) {

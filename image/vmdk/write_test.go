@@ -7,56 +7,32 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
 	"syscall"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/internal/imgtest"
 	"github.com/holdfast-backup/holdfast/image/vmdk"
 )
 
-// write writes d to a new image and checks the progress that is reported.
-func write(t testing.TB, d image.Disk) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk.vmdk")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var done atomic.Int64
-	if err := vmdk.Write(t.Context(), f, d, image.WriteOptions{Progress: func(n int64) { done.Add(n) }}); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if done.Load() != d.Size() {
-		t.Errorf("progress: got %d bytes, want %d", done.Load(), d.Size())
-	}
-	return path
-}
-
 func TestWrite(t *testing.T) {
 	t.Parallel()
-	for _, size := range []int{0, 1, 512, 64*kib - 1, 64 * kib, 700*kib + 5*512, 32 * mib, 33*mib + 100} {
+	for _, size := range []int64{0, 1, 512, 64*kib - 1, 64 * kib, 700*kib + 5*512, 32 * mib, 33*mib + 100} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			t.Parallel()
-			data := pattern(size)
-			path := write(t, memory{bytes.NewReader(data)})
-			rounded := append(data, make([]byte, -len(data)&511)...)
-			raw := writeFile(t, t.TempDir(), "want.raw", rounded)
+			data := imgtest.Random(size, 3)
+			path := imgtest.WriteImage(t, imgtest.Disk(data), vmdk.Write)
+			rounded := append(data, make([]byte, -size&511)...)
 			checkStream(t, path, rounded)
 			if size == 0 {
 				return // QEMU opens no empty image
 			}
-			checkSame(t, mustOpen(t, path), raw)
-			checkAgainstQEMU(t, path)
-			run(t, "qemu-img", "check", "-f", "vmdk", path)
-			run(t, "qemu-img", "compare", "-f", "raw", "-F", "vmdk", raw, path)
+			checkLikeQEMU(t, path, rounded)
+			imgtest.Run(t, "qemu-img", "check", "-f", "vmdk", path)
 			var info struct {
 				Size     int64 `json:"virtual-size"`
 				Specific struct {
@@ -65,7 +41,7 @@ func TestWrite(t *testing.T) {
 					}
 				} `json:"format-specific"`
 			}
-			if err := json.Unmarshal(run(t, "qemu-img", "info", "--output=json", path), &info); err != nil {
+			if err := json.Unmarshal([]byte(imgtest.Run(t, "qemu-img", "info", "--output=json", path)), &info); err != nil {
 				t.Fatal(err)
 			}
 			if info.Size != int64(len(rounded)) || info.Specific.Data.CreateType != "streamOptimized" {
@@ -146,43 +122,14 @@ func takeAll(t *testing.T, sectors map[uint32]bool, table []byte) {
 	}
 }
 
-// spots is a large disk with a byte of data here and there.
-type spots struct {
-	size int64
-	at   []int64 // multiples of 4 KiB, ascending; the 4 KiB there are 0x5a
-}
-
-func (d spots) Size() int64 { return d.size }
-
-func (d spots) ReadAt(p []byte, off int64) (int, error) {
-	clear(p)
-	for _, at := range d.at {
-		for i := max(at, off); i < min(at+4*kib, off+int64(len(p))); i++ {
-			p[i-off] = 0x5a
-		}
-	}
-	return len(p), nil
-}
-
-func (d spots) Extents(_ context.Context, _, _ int64) iter.Seq2[image.Extent, error] {
-	return func(yield func(image.Extent, error) bool) {
-		next := int64(0)
-		for _, at := range d.at {
-			if !yield(image.Extent{Off: next, Len: at - next, Zero: true}, nil) ||
-				!yield(image.Extent{Off: at, Len: 4 * kib}, nil) {
-				return
-			}
-			next = at + 4*kib
-		}
-		yield(image.Extent{Off: next, Len: d.size - next, Zero: true}, nil)
-	}
-}
-
 // TestWriteHuge writes a disk of 1 TiB that holds next to nothing.
 func TestWriteHuge(t *testing.T) {
 	t.Parallel()
-	d := spots{size: 1 << 40, at: []int64{0, 700 * kib, 500 * gib, 1<<40 - 4*kib}}
-	path := write(t, d)
+	d := imgtest.Sparse{Bytes: 1 << 40, Data: map[int64][]byte{}}
+	for _, at := range []int64{0, 700 * kib, 500 * gib, 1<<40 - 4*kib} {
+		d.Data[at] = bytes.Repeat([]byte{0x5a}, 4*kib)
+	}
+	path := imgtest.WriteImage(t, d, vmdk.Write)
 	info, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)
@@ -193,7 +140,7 @@ func TestWriteHuge(t *testing.T) {
 	m := mustOpen(t, path)
 	var got []int64
 	p, want := make([]byte, 64*kib), make([]byte, 64*kib)
-	for _, e := range extents(t, m) {
+	for _, e := range imgtest.Extents(t, m, 0, m.Size()) {
 		if e.Zero {
 			continue
 		}
@@ -201,7 +148,9 @@ func TestWriteHuge(t *testing.T) {
 		if err := image.ReadFull(m, p, e.Off); err != nil {
 			t.Fatal(err)
 		}
-		d.ReadAt(want, e.Off)
+		if err := image.ReadFull(d, want, e.Off); err != nil {
+			t.Fatal(err)
+		}
 		if !bytes.Equal(p, want) {
 			t.Errorf("the grain at %d differs", e.Off)
 		}
@@ -214,7 +163,7 @@ func TestWriteHuge(t *testing.T) {
 func TestWriteFails(t *testing.T) {
 	t.Parallel()
 	boom := errors.New("boom")
-	noise := memory{bytes.NewReader(pattern(20 * mib))}
+	disk := imgtest.Disk(imgtest.Random(20*mib, 4))
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
 	for _, tt := range []struct {
@@ -224,9 +173,9 @@ func TestWriteFails(t *testing.T) {
 		d    image.Disk
 		want error
 	}{
-		{"full disk", t.Context(), "/dev/full", noise, syscall.ENOSPC},
-		{"source", t.Context(), "/dev/null", broken{noise, boom}, boom},
-		{"cancelled", cancelled, "/dev/null", noise, context.Canceled},
+		{"full disk", t.Context(), "/dev/full", disk, syscall.ENOSPC},
+		{"source", t.Context(), "/dev/null", imgtest.Failing{Disk: disk, From: mib, Err: boom}, boom},
+		{"cancelled", cancelled, "/dev/null", disk, context.Canceled},
 	} {
 		f, err := os.OpenFile(tt.path, os.O_WRONLY, 0)
 		if err != nil {
@@ -239,24 +188,16 @@ func TestWriteFails(t *testing.T) {
 	}
 }
 
-// broken fails to read anything after its first MiB.
-type broken struct {
-	memory
-	err error
-}
-
-func (d broken) ReadAt(p []byte, off int64) (int, error) {
-	if off > mib {
-		return 0, d.err
-	}
-	return d.memory.ReadAt(p, off)
-}
-
 // benchmarkData is half noise and half text, without zeros.
-func benchmarkData() []byte { return bytes.Repeat(slices.Concat(noise()[:256*kib], text), 128) }
+func benchmarkData() []byte {
+	noise := make([]byte, 256*kib)
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	text := bytes.Repeat([]byte("some text of a guest's log file\n"), 8*kib)
+	return bytes.Repeat(slices.Concat(noise, text), 128)
+}
 
 func BenchmarkWrite(b *testing.B) {
-	d := memory{bytes.NewReader(benchmarkData())}
+	d := imgtest.Disk(benchmarkData())
 	f, err := os.Create(filepath.Join(b.TempDir(), "disk.vmdk"))
 	if err != nil {
 		b.Fatal(err)
@@ -278,21 +219,7 @@ func BenchmarkRead(b *testing.B) {
 	data := benchmarkData()
 	for _, subformat := range []string{"monolithicSparse", "streamOptimized"} {
 		b.Run(subformat, func(b *testing.B) {
-			folder := b.TempDir()
-			raw := writeFile(b, folder, "disk.raw", data)
-			path := filepath.Join(folder, "disk.vmdk")
-			run(b, "qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+subformat, raw, path)
-			d := mustOpen(b, path)
-			p := make([]byte, mib)
-			b.SetBytes(d.Size())
-			b.ReportAllocs()
-			for b.Loop() {
-				for off := int64(0); off < d.Size(); off += int64(len(p)) {
-					if err := image.ReadFull(d, p, off); err != nil {
-						b.Fatal(err)
-					}
-				}
-			}
+			imgtest.ReadInOrder(b, mustOpen(b, imgtest.Convert(b, data, "vmdk", "-o", "subformat="+subformat)))
 		})
 	}
 }

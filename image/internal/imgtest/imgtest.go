@@ -1,21 +1,15 @@
 // Package imgtest is what the tests of image formats share: disks with random
-// contents, QEMU's view of an image, and a check of everything that an
-// [image.Disk] promises.
+// contents, QEMU's view of an image, loops over damaged and truncated images,
+// and a check of everything that an [image.Disk] promises.
 package imgtest
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"io"
-	"iter"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"slices"
-	"strings"
-	"sync"
+	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -27,29 +21,23 @@ const (
 	sector = 512
 )
 
-// Run runs a command and returns its output. A failure ends the test, and so
-// does a message of qemu-io, whose exit status does not tell.
-func Run(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), name, args...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil || name == "qemu-io" && strings.Contains(string(out), "failed") {
-		t.Fatalf("%s %q: %v\n%s%s", name, args, err, out, &stderr)
-	}
-	return string(out)
-}
-
 // Random returns a disk of size bytes: about thirty stretches of data, from
 // one sector to a tenth of the disk, the first and the last sector among
-// them, and zeros.
+// them, and zeros. Half of the data is noise, half can be compressed.
 func Random(size int64, seed uint64) []byte {
 	source := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
 	rnd := rand.New(source)
 	disk := make([]byte, size)
 	fill := func(off, n int64) {
-		_, _ = source.Read(disk[off:min(off+n, size)]) // never fails
+		p := disk[off:min(off+n, size)]
+		noise := len(p)
+		if rnd.IntN(2) == 0 {
+			noise = min(noise, sector) // and the same sector again and again
+		}
+		_, _ = source.Read(p[:noise]) // never fails
+		for done := noise; done < len(p); {
+			done += copy(p[done:], p[:done])
+		}
 	}
 	for range 30 {
 		longest := max(1, size/10>>rnd.IntN(8))
@@ -60,30 +48,9 @@ func Random(size int64, seed uint64) []byte {
 	return disk
 }
 
-// Disk returns an [image.Disk] of these bytes; its pages of zeros are its zero
-// extents.
-func Disk(data []byte) image.Disk { return memory{bytes.NewReader(data), data} }
-
-type memory struct {
-	*bytes.Reader
-	data []byte
-}
-
-func (m memory) Extents(_ context.Context, off, length int64) iter.Seq2[image.Extent, error] {
-	off, length = image.Clip(off, length, m.Size())
-	return func(yield func(image.Extent, error) bool) {
-		for end := off + length; off < end; {
-			next := min(end, off-off%page+page)
-			if !yield(image.Extent{Off: off, Len: next - off, Zero: image.IsZero(m.data[off:next])}, nil) {
-				return
-			}
-			off = next
-		}
-	}
-}
-
-// WriteFile writes a file, with holes for its pages of zeros.
-func WriteFile(t testing.TB, path string, data []byte) {
+// WriteFile writes a file, with holes for its pages of zeros, and returns its
+// path.
+func WriteFile(t testing.TB, path string, data []byte) string {
 	t.Helper()
 	f, err := os.Create(path)
 	if err != nil {
@@ -93,6 +60,42 @@ func WriteFile(t testing.TB, path string, data []byte) {
 	if err := errors.Join(f.Truncate(int64(len(data))), imgfile.WriteSparse(f, data, 0)); err != nil {
 		t.Fatal(err)
 	}
+	return path
+}
+
+// ReadFile returns a file's bytes.
+func ReadFile(t testing.TB, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// Edit changes a file's bytes.
+func Edit(t testing.TB, path string, change func(b []byte) []byte) {
+	t.Helper()
+	WriteFile(t, path, change(ReadFile(t, path)))
+}
+
+// WriteImage writes d with a format's writer into a new file, whose path it
+// returns. The progress reported must be the disk's size.
+func WriteImage(t testing.TB, d image.Disk, write func(context.Context, *os.File, image.Disk, image.WriteOptions) error) string {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "written"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var done atomic.Int64
+	if err := write(t.Context(), f, d, image.WriteOptions{Progress: func(n int64) { done.Add(n) }}); err != nil {
+		t.Fatal(err)
+	}
+	if done.Load() != d.Size() {
+		t.Errorf("progress: got %d bytes, want %d", done.Load(), d.Size())
+	}
+	return f.Name()
 }
 
 // Open opens a file for reading.
@@ -105,131 +108,39 @@ func Open(t testing.TB, path string) *os.File {
 	return f
 }
 
-// Extents returns the merged extents of a range.
-func Extents(t testing.TB, d image.Disk, off, length int64) []image.Extent {
-	t.Helper()
-	return collect(t, d.Extents(t.Context(), off, length))
-}
+// Opener is the Open of a format.
+type Opener[I image.DiskCloser] func(*os.File, image.OpenOptions) (I, error)
 
-func collect(t testing.TB, seq iter.Seq2[image.Extent, error]) []image.Extent {
+// OpenImage opens the image at path for the test's duration. The file must be
+// closed afterwards: at once if open fails, else by the image's Close.
+func OpenImage[I image.DiskCloser](t testing.TB, path string, open Opener[I], o image.OpenOptions) (I, error) {
 	t.Helper()
-	var all []image.Extent
-	for e, err := range image.Coalesce(seq) {
-		if err != nil {
-			t.Fatal(err)
+	f := Open(t, path)
+	closed := func() {
+		if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("%s is still open: %v", path, err)
 		}
-		all = append(all, e)
 	}
-	return all
+	d, err := open(f, o)
+	if err != nil {
+		closed()
+		return d, err
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		closed()
+	})
+	return d, nil
 }
 
-// QEMUMap returns the extents that qemu-img sees in an image. format is QEMU's
-// name of the format.
-func QEMUMap(t testing.TB, format, path string) []image.Extent {
+// MustOpen opens the image at path, which must work, for the test's duration.
+func MustOpen[I image.DiskCloser](t testing.TB, path string, open Opener[I]) I {
 	t.Helper()
-	var entries []struct {
-		Start, Length int64
-		Zero, Data    bool
-	}
-	if err := json.Unmarshal([]byte(Run(t, "qemu-img", "map", "-f", format, "--output=json", path)), &entries); err != nil {
+	d, err := OpenImage(t, path, open, image.OpenOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
-	return collect(t, func(yield func(image.Extent, error) bool) {
-		for _, e := range entries {
-			if !yield(image.Extent{Off: e.Start, Len: e.Length, Zero: e.Zero || !e.Data}, nil) {
-				return
-			}
-		}
-	})
-}
-
-// Check holds a disk against the bytes that it should have: its size, reads in
-// order, at random and past the end, by several goroutines at once; extents
-// without gaps, zero only where the bytes are, and those of a range being
-// those of the whole.
-func Check(t testing.TB, d image.Disk, want []byte) {
-	t.Helper()
-	size := int64(len(want))
-	if d.Size() != size {
-		t.Fatalf("size: got %d, want %d", d.Size(), size)
-	}
-	var g sync.WaitGroup
-	for seed := range uint64(4) {
-		g.Go(func() { checkReads(t, d, want, seed) })
-	}
-	g.Wait()
-	if n, err := d.ReadAt(make([]byte, 1), -1); n != 0 || err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("read at -1: got %d, %v, want an error", n, err)
-	}
-
-	all := Extents(t, d, 0, size)
-	end := int64(0)
-	for _, e := range all {
-		if e.Off != end || e.Len <= 0 {
-			t.Fatalf("extent %v does not follow on byte %d", e, end)
-		}
-		end = e.End()
-		if e.Zero && !image.IsZero(want[e.Off:min(end, size)]) {
-			t.Errorf("extent %v has data", e)
-		}
-	}
-	if end != size {
-		t.Fatalf("extents end at %d, want %d", end, size)
-	}
-	rnd := rand.New(rand.NewPCG(1, 2))
-	for range 20 {
-		off, length := rnd.Int64N(size+1), rnd.Int64N(size+1)
-		if got, want := Extents(t, d, off, length), clip(all, off, off+length); !slices.Equal(got, want) {
-			t.Errorf("extents of %d bytes at %d: got %v, want %v", length, off, got, want)
-		}
-	}
-}
-
-// checkReads reads all of a disk in order with seed 0, else at random.
-func checkReads(t testing.TB, d image.Disk, want []byte, seed uint64) {
-	const step = 300_001
-	rnd := rand.New(rand.NewPCG(seed, 0))
-	for i := 0; i*step <= len(want); i++ {
-		off, n := i*step, step
-		if seed > 0 {
-			off, n = rnd.IntN(len(want)+1), rnd.IntN(step)
-		}
-		part := want[off:min(off+n, len(want))]
-		wantErr := error(nil)
-		if len(part) < n {
-			wantErr = io.EOF
-		}
-		p := bytes.Repeat([]byte{0xee}, n)
-		got, err := d.ReadAt(p, int64(off))
-		if got != len(part) || !(errors.Is(err, wantErr) || errors.Is(err, io.EOF) && off+n == len(want)) || !bytes.Equal(p[:got], part) {
-			t.Errorf("read %d bytes at %d: got %d bytes, %v, equal %v; want %d, %v", n, off, got, err, bytes.HasPrefix(part, p[:got]), len(part), wantErr)
-			return
-		}
-	}
-}
-
-func clip(all []image.Extent, off, end int64) []image.Extent {
-	var part []image.Extent
-	for _, e := range all {
-		if start, end := max(e.Off, off), min(e.End(), end); start < end {
-			part = append(part, image.Extent{Off: start, Len: end - start, Zero: e.Zero})
-		}
-	}
-	return part
-}
-
-// FirstError reads a disk whole, bytes and extents, and returns what fails.
-func FirstError(ctx context.Context, d image.Disk) error {
-	for _, err := range d.Extents(ctx, 0, d.Size()) {
-		if err != nil {
-			return err
-		}
-	}
-	buf := make([]byte, 64<<10)
-	for off := int64(0); off < d.Size(); off += int64(len(buf)) {
-		if _, err := d.ReadAt(buf, off); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-	}
-	return nil
+	return d
 }
