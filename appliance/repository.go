@@ -20,8 +20,8 @@ type (
 )
 
 // Stats returns figures of the repository.
-func (a *Appliance) Stats(ctx context.Context) (Stats, error) {
-	return a.repo.Stats(ctx)
+func (a *Appliance) Stats() Stats {
+	return a.repo.Stats()
 }
 
 // Verify reads percent (above 0, up to 100) of the stored bytes back, those first

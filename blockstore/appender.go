@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -22,7 +24,7 @@ const (
 // appender writes records to the one segment that is open for it. It is
 // safe for concurrent use.
 //
-// Lock order: flushing, then mu, then segmentSet.mu.
+// Lock order: see the package comment.
 type appender struct {
 	r *Repository
 
@@ -33,8 +35,9 @@ type appender struct {
 	mu      sync.Mutex
 	current *writing   // nil until something is appended
 	rolled  []*writing // full or failed, to be sealed or cut
-	epoch   uint64     // counts failures: see failLocked
 	failure error      // the last one
+	// epoch counts failures: see failLocked. It is changed with mu held, after failure.
+	epoch atomic.Uint64
 
 	background sync.WaitGroup // calls of drain
 }
@@ -129,23 +132,19 @@ func appendRecord(b []byte, aead cipher.AEAD, h recordHeader, payload []byte, of
 func (a *appender) start() (*writing, error) {
 	set := a.r.segments
 	h := segmentHeader{Number: set.takeNumber(), Repository: set.repoID, Encrypted: set.keys != nil}
-	var random [24]byte
+	var random [8]byte
 	_, _ = rand.Read(random[:]) // crypto/rand never fails
 	h.Generation = binary.LittleEndian.Uint64(random[:])
-	copy(h.Salt[:], random[8:])
 	seg := &segment{
 		number: h.Number, generation: h.Generation,
 		path: filepath.Join(set.dir, segmentName(h.Number, h.Generation, openSuffix)),
 	}
-	if err := a.r.checkSpace(); err != nil {
-		return nil, err
-	}
 	f, err := set.fs.Create(seg.path)
 	if err != nil {
-		return nil, err
+		return nil, noSpace(err)
 	}
 	seg.file = f
-	if seg.aead, err = set.cipherOf(h); err != nil {
+	if seg.aead, err = set.cipherOf(h.Number, h.Generation); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	set.add(seg)
@@ -156,9 +155,6 @@ func (a *appender) start() (*writing, error) {
 func (a *appender) writeOut(w *writing) error {
 	if len(w.buf) == 0 {
 		return nil
-	}
-	if err := a.r.checkSpace(); err != nil {
-		return err
 	}
 	if _, err := w.seg.file.WriteAt(w.buf, w.size-int64(len(w.buf))); err != nil {
 		return noSpace(err)
@@ -237,6 +233,7 @@ func (a *appender) seal(w *writing) error {
 	if err := a.r.fs.SyncDir(a.r.segments.dir); err != nil {
 		return err
 	}
+	w.durable = w.size
 	// Every record is durable here, under its final name. Stopped now, the
 	// next opening finds a sealed segment without summary and enters it.
 	sum := summarize(w.seg.generation, w.entries, w.size+int64(len(tail)))
@@ -282,7 +279,15 @@ func (a *appender) flush() error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
 	a.drainFlushing()
+	err := a.flushCurrent()
+	if err != nil {
+		a.drainFlushing() // cut what is not durable, before a kill makes it look so
+	}
+	return err
+}
 
+// flushCurrent flushes the segment that is open. a.flushing is held.
+func (a *appender) flushCurrent() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	w := a.current
@@ -298,18 +303,18 @@ func (a *appender) flush() error {
 	count, size := len(w.entries), w.size
 	entries := w.entries[w.indexed:count]
 	a.mu.Unlock() // appending goes on meanwhile
-	err := a.commit(w, entries)
+	err := a.commit(w, entries, size)
 	a.mu.Lock()
 	if err != nil {
 		return a.failLocked(w, err)
 	}
-	w.indexed, w.durable = count, size
+	w.indexed = count
 	return nil
 }
 
-// commit makes the records that were written so far durable and enters those
-// that are not indexed yet. a.flushing is held.
-func (a *appender) commit(w *writing, entries []tocEntry) error {
+// commit makes the first size bytes, which were written, durable and enters the records
+// of them that are not indexed yet. a.flushing is held.
+func (a *appender) commit(w *writing, entries []tocEntry, size int64) error {
 	if err := w.seg.file.Sync(); err != nil {
 		return err
 	}
@@ -319,18 +324,33 @@ func (a *appender) commit(w *writing, entries []tocEntry) error {
 		}
 	}
 	// The records are durable here. Stopped now, the next opening reads the
-	// unsealed segment and enters them.
+	// unsealed segment and enters them. They stay, even if entering them
+	// fails: the index may have some of them then.
+	w.durable = size
 	return a.r.enter(w.seg, entries, w.indexed, nil)
 }
 
 // finish seals what is open.
 func (a *appender) finish() error {
+	epoch := a.epoch.Load()
 	a.mu.Lock()
-	epoch := a.epoch
 	err := a.rollLocked()
 	a.mu.Unlock()
 	a.drain()
 	return errors.Join(err, a.check(epoch))
+}
+
+// unsealed returns the summaries of the segments that are being written.
+func (a *appender) unsealed() []summary {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var out []summary
+	for _, w := range append(slices.Clone(a.rolled), a.current) {
+		if w != nil && !w.failed {
+			out = append(out, summarize(w.seg.generation, w.entries, w.size))
+		}
+	}
+	return out
 }
 
 // close seals what is open and waits for what runs. Nothing may be appended
@@ -342,20 +362,16 @@ func (a *appender) close() error {
 }
 
 // begin returns the epoch that a new session belongs to.
-func (a *appender) begin() uint64 {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.epoch
-}
+func (a *appender) begin() uint64 { return a.epoch.Load() }
 
 // check returns the failure that a session of an epoch suffered, if any.
 func (a *appender) check(epoch uint64) error {
+	if epoch == a.epoch.Load() {
+		return nil
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if epoch < a.epoch {
-		return a.failure
-	}
-	return nil
+	return a.failure
 }
 
 // failLocked ends a segment that could not be written: nothing is written to
@@ -363,8 +379,8 @@ func (a *appender) check(epoch uint64) error {
 // durable before stays. a.mu is held.
 func (a *appender) failLocked(w *writing, err error) error {
 	err = fmt.Errorf("write segment: %w", noSpace(err))
-	a.epoch++
 	a.failure = err
+	a.epoch.Add(1)
 	if w == nil || w.failed {
 		return err
 	}

@@ -37,6 +37,9 @@ const (
 	smallCount = 16
 )
 
+// collectShare is the part of the reserve that a collection leaves: see checkSpace.
+const collectShare = 2
+
 // ErrCollecting means that a collection is running already.
 var ErrCollecting = errors.New("a collection is running already")
 
@@ -49,8 +52,9 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 		return CollectResult{}, ErrCollecting
 	}
 	defer r.maintenance.Unlock()
-	r.collecting.Store(true)
-	defer r.collecting.Store(false)
+	if err := r.settle(); err != nil {
+		return CollectResult{}, fmt.Errorf("collect: the folder of points cannot be brought in order: %w", err)
+	}
 	if bad := r.DamagedPoints(); len(bad) > 0 {
 		return CollectResult{}, fmt.Errorf("point %s cannot be read (%w), so nobody knows which chunks it needs; nothing was collected; bring its file back, or delete the point",
 			bad[0].ID, bad[0].Err)
@@ -58,7 +62,7 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 	if err := r.appender.finish(); err != nil {
 		return CollectResult{}, err
 	}
-	c := &collection{r: r, o: o, live: marks{}}
+	c := &collection{r: r, o: o, live: marks{}, walked: walkedNodes{}}
 	candidates := r.segments.sealedSegments()
 	roots := c.begin()
 	defer c.end()
@@ -76,6 +80,7 @@ type collection struct {
 	r      *Repository
 	o      CollectOptions
 	live   marks // of this goroutine
+	walked walkedNodes
 	result CollectResult
 }
 
@@ -107,7 +112,22 @@ func (c *collection) end() {
 	c.r.segments.live = nil
 }
 
-// mark marks a subtree. A node that is marked was walked before.
+// walkedNodes are the nodes that a walk over trees has been at, by level: of two points
+// that disagree about a node's level, which only a foreign or damaged point does, neither
+// hides from the other what is below.
+type walkedNodes map[int]marks
+
+// add adds a node and reports whether it was new.
+func (w walkedNodes) add(level int, loc location) bool {
+	m := w[level]
+	if m == nil {
+		m = marks{}
+		w[level] = m
+	}
+	return m.set(loc)
+}
+
+// mark marks a subtree.
 func (c *collection) mark(ctx context.Context, t tree) error {
 	if t.id.IsNull() {
 		return nil
@@ -122,7 +142,8 @@ func (c *collection) mark(ctx context.Context, t tree) error {
 		}
 		return nil // a chunk that is lost; verify tells of it
 	}
-	if !c.live.set(loc) || t.level == 0 {
+	c.live.set(loc)
+	if t.level == 0 || !c.walked.add(t.level, loc) {
 		return nil
 	}
 	if err := ctx.Err(); err != nil {
@@ -154,7 +175,7 @@ func (r *Repository) locate(id ID) (location, bool, error) {
 	return loc, ok && r.segments.holds(loc), err
 }
 
-// needed reports whether a record may be referenced. segmentSet.mu is held.
+// neededLocked reports whether a record may be referenced. segmentSet.mu is held.
 func (c *collection) neededLocked(segment uint64, ordinal uint32) bool {
 	set := c.r.segments
 	if c.live.has(segment, ordinal) || set.live.has(segment, ordinal) {
@@ -191,7 +212,8 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		}
 		entries, err := c.r.entries(seg)
 		if err != nil {
-			return err
+			c.leave(seg, err)
+			continue
 		}
 		cand := candidate{seg: seg}
 		total, dead := c.count(seg, entries)
@@ -219,6 +241,12 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 	return c.r.appender.finish()
 }
 
+// leave passes over a segment whose list of records is not to be relied on: which
+// of them are needed is known by their place in it.
+func (c *collection) leave(seg *segment, err error) {
+	c.r.log.Error("segment is damaged and was left as it is", attrSegment(seg), attrErr(err))
+}
+
 // count adds a segment's records to the result and returns the bytes of all
 // and of the dead ones.
 func (c *collection) count(seg *segment, entries []tocEntry) (total, dead int64) {
@@ -241,7 +269,8 @@ func (c *collection) count(seg *segment, entries []tocEntry) (total, dead int64)
 func (c *collection) rewrite(ctx context.Context, seg *segment) error {
 	entries, err := c.r.entries(seg)
 	if err != nil {
-		return err
+		c.leave(seg, err)
+		return nil
 	}
 	// From the moment that it is condemned, nobody comes to rest on a record of
 	// this segment, so what is dead now stays dead.
@@ -260,7 +289,7 @@ func (c *collection) rewrite(ctx context.Context, seg *segment) error {
 		set.mu.Unlock()
 		if errors.Is(err, ErrDamaged) {
 			// What is needed and can't be read stays where it is, for a repair.
-			c.r.log.Error("segment is damaged and was left as it is", attrSegment(seg), attrErr(err))
+			c.leave(seg, err)
 			return nil
 		}
 		return err
@@ -309,7 +338,7 @@ func (c *collection) copyOut(ctx context.Context, seg *segment, entries []tocEnt
 		}
 		copied += moved
 	}
-	if copied > 0 {
+	if slices.Contains(needed, true) { // also what a session has just stored must be durable
 		if err := c.r.appender.flush(); err != nil {
 			return copied, err
 		}
@@ -341,6 +370,10 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 		if err != nil {
 			c.r.claims.drop(e.ID, cl)
 			return 0, &CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err}
+		}
+		if err := c.r.checkSpace(collectShare); err != nil {
+			c.r.claims.drop(e.ID, cl)
+			return 0, err
 		}
 		to, err := c.r.appender.append(e.ID, h.Type, h.Codec, int(h.Raw), payload)
 		if err != nil {

@@ -143,21 +143,21 @@ func unwrap(wrapped []wrappedKey, o Options) (*keys, error) {
 	if len(identities) == 0 {
 		return nil, fmt.Errorf("%w: give its passphrase or identity", ErrWrongKey)
 	}
-	for _, w := range wrapped {
-		r, err := age.Decrypt(bytes.NewReader(w.Age), identities...)
-		if _, no := errors.AsType[*age.NoIdentityMatchError](err); no {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrWrongKey, err)
-		}
+	failure := ErrWrongKey
+	for i, w := range wrapped {
 		k := &keys{}
-		if _, err := io.ReadFull(r, k.master[:]); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrWrongKey, err)
+		r, err := age.Decrypt(bytes.NewReader(w.Age), identities...)
+		if err == nil {
+			_, err = io.ReadFull(r, k.master[:])
 		}
-		return k, nil
+		if err == nil {
+			return k, nil
+		}
+		if _, no := errors.AsType[*age.NoIdentityMatchError](err); !no {
+			failure = fmt.Errorf("%w; wrapped key %d: %w", failure, i+1, err) // another may open it
+		}
 	}
-	return nil, ErrWrongKey
+	return nil, failure
 }
 
 // sameMAC compares two authenticators in constant time.

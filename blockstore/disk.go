@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"os"
 	"sync/atomic"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -35,10 +36,14 @@ func (d *Disk) Map() Map { return d.m }
 
 // Close lets a collection have what no point needs any more.
 func (d *Disk) Close() error {
+	d.unpin()
+	return nil
+}
+
+func (d *Disk) unpin() {
 	if !d.closed.Swap(true) {
 		d.r.unpin(d.m)
 	}
-	return nil
 }
 
 // Extents yields data and zeros in whole chunks. See [image.Disk].
@@ -62,6 +67,9 @@ func (d *Disk) Extents(ctx context.Context, off, length int64) iter.Seq2[image.E
 // can't be had names the disk, the offset and the segment, and wraps
 // [ErrDamaged].
 func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
+	if d.closed.Load() {
+		return 0, fmt.Errorf("%s: %w", d.label, os.ErrClosed)
+	}
 	if off < 0 {
 		return 0, fmt.Errorf("%s: read at offset %d", d.label, off)
 	}

@@ -32,11 +32,12 @@
 //	 0   8  magic "HFSEGMNT"
 //	 8   2  version, 1
 //	10   2  flags: 1 payloads are encrypted
-//	12   8  number of the segment, from 1, never used again
-//	20   8  generation, random
+//	12   8  number of the segment, from 1
+//	20   8  generation, random: a number may come again, the pair does not
 //	28  16  id of the repository
-//	44  16  salt, random
-//	60   4  CRC-32C of bytes 0–59
+//	44   4  CRC-32C of bytes 0–43
+//
+// Reading needs nothing of the header that the file's name doesn't say.
 //
 // A record:
 //
@@ -91,8 +92,8 @@
 // An encrypted repository has one random key of 32 bytes. repository.json holds
 // it, encrypted as an age file for a passphrase or for a recipient. All
 // others are derived from it with BLAKE3's derive_key: the keys of the id
-// hashes, which then tell nothing of the content, and a key for each segment and
-// each point file, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
+// hashes, which then tell nothing of the content, a key for each segment, from its
+// number and generation, and one for each point file, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
 // record is its offset, its additional data are bytes 0–47 of its header; for a point
 // the nonce is zero and the additional data are its id. repository.json carries a
 // keyed hash of its own fields.
@@ -110,7 +111,8 @@
 // A crash leaves at most records that nobody references, which a collection takes.
 // A failed write or sync ends the segment: what was durable before is
 // kept, the rest is cut off, every session that may have put something into it
-// fails, and new ones get a new segment. No sync is tried twice.
+// fails, and new ones get a new segment. No sync is tried twice. The failed segment stays
+// unsealed until the next opening; collections pass it over.
 //
 // # Opening
 //
@@ -153,6 +155,7 @@
 //
 // Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
-// stored bytes), the points, and one bit a chunk for each session and collection.
+// stored bytes), the points, one bit a chunk for each session and collection, and 32 bytes for each
+// chunk that is known to be damaged.
 // BadgerDB takes up to about 200 MiB, the cache 128 MiB.
 package blockstore

@@ -63,7 +63,7 @@ func TestGoldenSegment(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			h := segmentHeader{
 				Number: 0x2a, Generation: 0x1122334455667788, Encrypted: tt.keys != nil,
-				Repository: [16]byte{0: 0xaa, 15: 0xbb}, Salt: [16]byte{0: 0xcc, 15: 0xdd},
+				Repository: [16]byte{0: 0xaa, 15: 0xbb},
 			}
 			seg := h.encode()
 			r := &Repository{coder: c, keys: tt.keys}
@@ -79,7 +79,7 @@ func TestGoldenSegment(t *testing.T) {
 			if r.nodeIDs, err = newHasher(nodeKey); err != nil {
 				t.Fatal(err)
 			}
-			aead, err := set.cipherOf(h)
+			aead, err := set.cipherOf(h.Number, h.Generation)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -51,7 +51,13 @@ func closeOnce(t testing.TB, r *Repository) {
 	if err := r.Close(); err != nil {
 		t.Error(err)
 	}
-	r.unlock = nil
+	discard(r)
+}
+
+// discard marks a repository as closed and lets go of its memory, which the test's
+// cleanup would hold on to.
+func discard(r *Repository) {
+	r.unlock, r.index, r.coder, r.cache, r.appender, r.segments = nil, nil, nil, nil, nil, nil
 }
 
 // content is what a test disk holds: the n-th chunk is made from the n-th number,

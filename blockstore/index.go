@@ -199,9 +199,9 @@ func (x *index) write(fill func(w indexWrite) error) error {
 	return nil
 }
 
-// put enters locations; it sorts entries.
+// put enters locations; it sorts entries. Of two for the same id the later counts.
 func (w indexWrite) put(entries []entry) error {
-	slices.SortFunc(entries, func(a, b entry) int { return strings.Compare(string(a.id[:]), string(b.id[:])) })
+	slices.SortStableFunc(entries, func(a, b entry) int { return strings.Compare(string(a.id[:]), string(b.id[:])) })
 	for i := range entries {
 		if err := w.b.Set(entries[i].id[:], entries[i].loc.encode()); err != nil {
 			return err

@@ -298,9 +298,35 @@ func (r *Repository) DeletePoint(id PointID) error {
 	}
 	delete(r.points, id)
 	delete(r.damagedPoints, id)
-	// Stopped before this, the point may be there again: whole, since only a
-	// collection, which starts from the listed points, takes chunks.
-	return r.fs.SyncDir(filepath.Join(r.dir, pointsDir))
+	// Stopped before its removal is durable, the point may be there again: whole, since
+	// no collection starts before it is.
+	r.unsettled[id] = struct{}{}
+	return r.settleLocked()
+}
+
+// settle is settleLocked for a caller that does not hold r.mu.
+func (r *Repository) settle() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.settleLocked()
+}
+
+// settleLocked makes sure that the points which are not listed any more have no files.
+// r.mu is held.
+func (r *Repository) settleLocked() error {
+	if len(r.unsettled) == 0 {
+		return nil
+	}
+	for id := range r.unsettled {
+		if err := r.fs.Remove(r.pointPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := r.fs.SyncDir(filepath.Join(r.dir, pointsDir)); err != nil {
+		return err
+	}
+	clear(r.unsettled)
+	return nil
 }
 
 // OpenDisk opens one disk of a point for reading; name may be "" if it

@@ -9,7 +9,7 @@ import (
 
 // Sizes of the parts of a segment, bytes. See the package comment.
 const (
-	segmentHeaderSize = 64
+	segmentHeaderSize = 48
 	recordHeaderSize  = 52
 	tocEntrySize      = 48
 	footerSize        = 32
@@ -57,7 +57,6 @@ type segmentHeader struct {
 	Number     uint64 // the segment's own number, also in its name
 	Generation uint64 // random, also in its name: tells a reused number apart
 	Repository [16]byte
-	Salt       [16]byte // the segment's key is derived from it
 	Encrypted  bool
 }
 
@@ -73,7 +72,6 @@ func (h segmentHeader) encode() []byte {
 	b = binary.LittleEndian.AppendUint64(b, h.Number)
 	b = binary.LittleEndian.AppendUint64(b, h.Generation)
 	b = append(b, h.Repository[:]...)
-	b = append(b, h.Salt[:]...)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
@@ -83,7 +81,7 @@ func decodeSegmentHeader(b []byte) (segmentHeader, error) {
 		return h, errors.New("not a segment")
 	}
 	b = b[:segmentHeaderSize]
-	if crc32.Checksum(b[:60], castagnoli) != binary.LittleEndian.Uint32(b[60:]) {
+	if crc32.Checksum(b[:44], castagnoli) != binary.LittleEndian.Uint32(b[44:]) {
 		return h, fmt.Errorf("segment header: %w", errCRC)
 	}
 	if v := binary.LittleEndian.Uint16(b[8:]); v != formatVersion {
@@ -97,7 +95,6 @@ func decodeSegmentHeader(b []byte) (segmentHeader, error) {
 	h.Number = binary.LittleEndian.Uint64(b[12:])
 	h.Generation = binary.LittleEndian.Uint64(b[20:])
 	copy(h.Repository[:], b[28:])
-	copy(h.Salt[:], b[44:])
 	return h, nil
 }
 

@@ -1,11 +1,11 @@
 package blockstore
 
 import (
-	"bufio"
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -48,7 +48,13 @@ func (r *Repository) loadSegments() error {
 			r.segments.add(seg)
 			continue
 		}
-		if err := r.enterSealed(seg); err != nil {
+		entries, err := r.listSealed(seg.path)
+		if err != nil {
+			// The points that need it fail when they are read; others don't.
+			r.log.Error("segment cannot be read", attrSegment(seg), attrErr(err))
+			continue
+		}
+		if err := r.enterRecords(seg, entries, info.Size()); err != nil {
 			return err
 		}
 	}
@@ -73,13 +79,9 @@ func (r *Repository) recoverSegment(seg *segment) error {
 		return r.fs.Remove(seg.path)
 	}
 	if _, err := readSegmentHeader(f); err != nil {
-		r.log.Error("unsealed segment has a damaged header and was put aside", attrSegment(seg), attrErr(err))
-		return r.fs.Rename(seg.path, seg.path+badSuffix)
+		r.log.Error("the header of a segment is damaged; its records are read without it", attrSegment(seg), attrErr(err))
 	}
-	entries, err := scanRecords(f, size)
-	if err != nil {
-		return fmt.Errorf("recover segment %s: %w", seg.path, err)
-	}
+	entries := scanRecords(f, size)
 	for len(entries) > 0 && entries[len(entries)-1].ID.IsNull() {
 		entries = entries[:len(entries)-1]
 	}
@@ -111,27 +113,27 @@ func (r *Repository) recoverSegment(seg *segment) error {
 	return r.enterRecords(seg, entries, end+int64(len(tail)))
 }
 
-// enterSealed enters a sealed segment into the index and the live set.
-func (r *Repository) enterSealed(seg *segment) error {
-	f, err := r.fs.Open(seg.path)
+// listSealed returns the records of a sealed segment that the index does not know.
+func (r *Repository) listSealed(path string) ([]tocEntry, error) {
+	f, err := r.fs.Open(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	size, err := f.Size()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	entries, err := readEntries(f, size)
 	if err != nil {
-		r.log.Error("segment's table of contents is damaged; its records are read instead", attrSegment(seg), attrErr(err))
-		if entries, err = scanRecords(f, size); err != nil {
-			return fmt.Errorf("read segment %s: %w", seg.path, err)
-		}
+		r.log.Error("a segment's table of contents is damaged; its records are read instead", attrPath(path), attrErr(err))
+		entries = scanRecords(f, size)
 	}
-	return r.enterRecords(seg, entries, size)
+	return entries, nil
 }
 
+// enterRecords enters a sealed segment and its records into the live set and the
+// index.
 func (r *Repository) enterRecords(seg *segment, entries []tocEntry, size int64) error {
 	seg.summary = summarize(seg.generation, entries, size)
 	r.segments.add(seg)
@@ -169,34 +171,84 @@ func readEntries(f durable.File, size int64) ([]tocEntry, error) {
 	return decodeTOC(record[recordHeaderSize:], int64(foot.TOC))
 }
 
-// scanRecords reads a segment's records from the start until there is no record any
-// more. One whose bytes are bad keeps its place, so that the others have theirs, and gets the
-// null id, which nobody looks for: another segment may have that chunk whole.
-func scanRecords(f durable.File, size int64) (entries []tocEntry, err error) {
-	in := bufio.NewReaderSize(io.NewSectionReader(f, segmentHeaderSize, size-segmentHeaderSize), 1<<20)
-	record := make([]byte, recordHeaderSize, recordHeaderSize+maxPayload)
-	off := int64(segmentHeaderSize)
-	for len(entries) < maxRecords {
-		record = record[:recordHeaderSize]
-		if _, err := io.ReadFull(in, record); err != nil {
-			return entries, ignoreEOF(err)
-		}
-		h, noRecord := decodeRecordHeader(record)
-		if noRecord != nil || h.Type == tocRecord {
+// scanRecords finds the whole records of a segment without its table of contents. What
+// lies between them becomes entries with the null id, which nobody looks for:
+// another segment may have the chunk that was there.
+func scanRecords(f durable.File, size int64) []tocEntry {
+	var entries []tocEntry
+	record := make([]byte, recordHeaderSize+maxPayload)
+	for off := int64(segmentHeaderSize); off < size && len(entries) < maxRecords; {
+		h, err := readRecord(f, off, size, record)
+		if err == nil && h.Type == tocRecord {
 			break
 		}
-		record = record[:recordHeaderSize+int(h.Stored)]
-		if _, err := io.ReadFull(in, record[recordHeaderSize:]); err != nil {
-			return entries, ignoreEOF(err)
+		if err == nil {
+			e := tocEntry{ID: h.ID, Off: uint32(off), Stored: h.Stored, Raw: h.Raw, Type: h.Type, Codec: h.Codec}
+			entries = append(entries, e)
+			off += e.size()
+			continue
 		}
-		if _, bad := checkRecord(record); bad != nil {
-			h.ID = ID{}
+		next := nextRecord(f, off+recordHeaderSize, size, record)
+		if next-off < recordHeaderSize {
+			break
 		}
-		e := tocEntry{ID: h.ID, Off: uint32(off), Stored: h.Stored, Raw: h.Raw, Type: h.Type, Codec: h.Codec}
-		off += e.size()
-		entries = append(entries, e)
+		for ; next-off > recordHeaderSize+maxPayload; off += recordHeaderSize + maxPayload/2 {
+			entries = append(entries, gap(off, maxPayload/2))
+		}
+		entries = append(entries, gap(off, next-off-recordHeaderSize))
+		off = next
 	}
-	return entries, nil
+	return entries
+}
+
+// gap stands for bytes that are no record, with a header's length beside stored.
+func gap(off, stored int64) tocEntry {
+	return tocEntry{Off: uint32(off), Stored: uint32(stored), Type: chunkRecord}
+}
+
+// readRecord reads and checks the record at off. buf has room for any.
+func readRecord(f durable.File, off, size int64, buf []byte) (recordHeader, error) {
+	if n, err := f.ReadAt(buf[:recordHeaderSize], off); n < recordHeaderSize {
+		return recordHeader{}, noEOF(err)
+	}
+	h, err := decodeRecordHeader(buf)
+	if err != nil {
+		return h, err
+	}
+	end := recordHeaderSize + int64(h.Stored)
+	if off+end > size || end > int64(len(buf)) && h.Type != tocRecord {
+		return h, errTorn
+	}
+	if end > int64(len(buf)) {
+		buf = append(make([]byte, 0, end), buf[:recordHeaderSize]...)
+	}
+	buf = buf[:end]
+	if n, err := f.ReadAt(buf[recordHeaderSize:], off+recordHeaderSize); n < len(buf)-recordHeaderSize {
+		return h, noEOF(err)
+	}
+	return checkRecord(buf)
+}
+
+// nextRecord returns the offset, from on, of the next whole record; size if there is none.
+func nextRecord(f durable.File, from, size int64, buf []byte) int64 {
+	magic := binary.LittleEndian.AppendUint32(nil, recordMagic)
+	window := make([]byte, 1<<20)
+	for from < size {
+		n, _ := f.ReadAt(window[:min(int64(len(window)), size-from)], from) // what can't be read holds no record
+		for at := 0; ; at++ {
+			i := bytes.Index(window[at:n], magic)
+			if i < 0 {
+				break
+			}
+			at += i
+			if _, err := readRecord(f, from+int64(at), size, buf); err == nil {
+				return from + int64(at)
+			}
+		}
+		// The magic may lie across the end of the window.
+		from += int64(len(window) - len(magic) + 1)
+	}
+	return size
 }
 
 // recordsEnd returns the offset at which records end.
@@ -206,14 +258,6 @@ func recordsEnd(entries []tocEntry) int64 {
 	}
 	last := entries[len(entries)-1]
 	return int64(last.Off) + last.size()
-}
-
-// ignoreEOF: a file that ends within a record is what a crash leaves.
-func ignoreEOF(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return nil
-	}
-	return err
 }
 
 // reindexOnce enters all segments again, once while the repository is open. It
@@ -235,31 +279,49 @@ func (r *Repository) reindexOnce() (bool, error) {
 }
 
 // enterMissing enters those records of a sealed segment for whose chunks the index
-// has no entry that counts.
+// has no entry that counts. A chunk that is being stored, or moved, at this moment is not
+// missing.
 func (r *Repository) enterMissing(seg *segment) error {
-	entries, err := r.entries(seg)
-	if errors.Is(err, errGone) {
-		return nil // collected meanwhile
-	}
+	records, err := r.entries(seg)
 	if err != nil {
-		return err
-	}
-	for first, e := range entries {
-		loc, ok, err := r.find(e.ID)
-		if err != nil {
-			return err
+		if !errors.Is(err, errGone) { // collected meanwhile
+			r.log.Error("segment's records cannot be listed", attrSegment(seg), attrErr(err))
 		}
-		if e.ID.IsNull() || ok && r.segments.holds(loc) {
+		return nil
+	}
+	held := map[ID]*claim{}
+	defer func() {
+		for id, cl := range held {
+			r.claims.drop(id, cl)
+		}
+	}()
+	var missing []entry
+	for i, e := range records {
+		if e.ID.IsNull() || held[e.ID] != nil {
 			continue
 		}
-		if err := r.enter(seg, entries[first:first+1], first, nil); err != nil {
-			return err
+		cl, mine := r.claims.take(e.ID)
+		if !mine {
+			continue
 		}
+		loc, ok, err := r.index.get(e.ID)
+		if err != nil || ok && r.segments.holds(loc) {
+			r.claims.drop(e.ID, cl)
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		held[e.ID] = cl
+		missing = append(missing, entry{e.ID, location{
+			Segment: seg.number, Generation: seg.generation, Off: e.Off, Stored: e.Stored, Ordinal: uint32(i),
+		}})
 	}
-	return nil
+	return r.index.write(func(w indexWrite) error { return w.put(missing) })
 }
 
-// entries returns the records of a sealed segment.
+// entries returns the records of a sealed segment, each at its ordinal. If its table of
+// contents is damaged, the ordinals are not known: a CorruptError.
 func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
 	loc := location{Segment: seg.number, Generation: seg.generation}
 	opened, err := r.segments.acquire(loc)
@@ -273,9 +335,9 @@ func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
 	}
 	entries, err := readEntries(opened.file, size)
 	if err != nil {
-		entries, err = scanRecords(opened.file, size)
+		return nil, &CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: size, Err: err}
 	}
-	return entries, err
+	return entries, nil
 }
 
 // holds reports whether a location counts.

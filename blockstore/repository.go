@@ -2,7 +2,6 @@ package blockstore
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -198,8 +197,7 @@ type Repository struct {
 	buffers  sync.Pool // of *[]byte, for records
 	unlock   func()
 
-	maintenance sync.Mutex  // held by a collection
-	collecting  atomic.Bool // while one runs
+	maintenance sync.Mutex // held by a collection
 	reindexing  sync.Mutex
 	reindexed   bool // guarded by reindexing: the segments were all entered again
 
@@ -208,6 +206,10 @@ type Repository struct {
 	damagedPoints map[PointID]error
 	pins          map[Map]int     // maps that readers or sessions rest on
 	damaged       map[ID]struct{} // chunks and nodes whose records are known to be bad
+	// unsettled are points that are not listed and may still have a file.
+	unsettled map[PointID]struct{}
+
+	damagedCount atomic.Int64 // of damaged, to be read without mu
 }
 
 // Open opens the repository in dir and recovers what a crash left. One process
@@ -233,6 +235,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 		dir: dir, fs: fsys, log: o.Log, segmentSize: o.SegmentSize, unlock: unlock,
 		claims: newClaims(), cache: newCache(o.CacheSize),
 		points: map[PointID]Point{}, damagedPoints: map[PointID]error{}, pins: map[Map]int{},
+		unsettled: map[PointID]struct{}{},
 	}
 	defer func() {
 		if err != nil {
@@ -260,6 +263,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	if r.damaged, err = r.index.damaged(); err != nil {
 		return nil, err
 	}
+	r.damagedCount.Store(int64(len(r.damaged)))
 	return r, r.loadSegments()
 }
 
@@ -283,6 +287,9 @@ func (r *Repository) configure(data []byte, o Options) error {
 		return fmt.Errorf("id %q is not 32 hexadecimal digits", c.ID)
 	}
 	r.id, r.chunkSize, r.created = c.ID, c.ChunkSize, c.Created
+	if len(c.Keys) == 0 && (o.Passphrase != "" || len(o.Identities) > 0) {
+		return errors.New("a key was given, but the file says that nothing is encrypted: give none if that is so, or bring the right file back")
+	}
 	var idKey, nodeKey []byte
 	if len(c.Keys) > 0 {
 		if r.keys, err = unwrap(c.Keys, o); err != nil {
@@ -354,16 +361,14 @@ const (
 
 // checkSpace fails with ErrNoSpace once writing on would use up what
 // deleting, collecting and the index need: a 32nd of the file system, at least
-// 16 MiB, at most 1 GiB.
-func (r *Repository) checkSpace() error {
+// 16 MiB, at most 1 GiB. A collection, which copies to give more back, may use all but
+// 1/share of that.
+func (r *Repository) checkSpace(share int64) error {
 	free, total, err := r.fs.Space(r.dir)
 	if err != nil {
 		return err
 	}
-	reserve := min(max(total/32, minReserve), maxReserve)
-	if r.collecting.Load() {
-		reserve /= 2 // copying what is live out of half-dead segments gives more back
-	}
+	reserve := min(max(total/32, minReserve), maxReserve) / share
 	if free < reserve {
 		return fmt.Errorf("%w: %s has %d MiB free, and %d MiB are kept for deleting and collecting; delete points and collect, or enlarge it",
 			ErrNoSpace, r.dir, free>>20, reserve>>20)
@@ -440,7 +445,10 @@ func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) er
 		err = fmt.Errorf("record of type %d and %d bytes, want type %d and %d", h.Type, h.Raw, kind, len(dst))
 	}
 	if err == nil {
-		_, err = r.coder.expand(dst, payload, h.Codec, len(dst))
+		var plain []byte
+		if plain, err = r.coder.expand(dst, payload, h.Codec, len(dst)); err == nil && &plain[0] != &dst[0] {
+			copy(dst, plain)
+		}
 	}
 	if err == nil && check && r.hash(kind, dst) != id {
 		err = errors.New("content does not have this hash")
@@ -490,6 +498,7 @@ func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *sum
 	for _, id := range healed {
 		delete(r.damaged, id)
 	}
+	r.damagedCount.Store(int64(len(r.damaged)))
 	r.mu.Unlock()
 	r.claims.release(entries)
 	return nil
@@ -497,11 +506,11 @@ func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *sum
 
 // healed returns the damaged chunks that have a new record among entries.
 func (r *Repository) healed(entries []entry) []ID {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(r.damaged) == 0 {
+	if !r.AnyDamaged() {
 		return nil
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	var out []ID
 	for _, e := range entries {
 		if _, bad := r.damaged[e.id]; bad {
@@ -514,11 +523,17 @@ func (r *Repository) healed(entries []entry) []ID {
 // Damaged reports whether a chunk or node is known to be bad, so that content
 // with this id must be stored anew.
 func (r *Repository) Damaged(id ID) bool {
+	if !r.AnyDamaged() {
+		return false
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	_, bad := r.damaged[id]
 	return bad
 }
+
+// AnyDamaged reports whether any chunk or node is known to be bad.
+func (r *Repository) AnyDamaged() bool { return r.damagedCount.Load() > 0 }
 
 // markDamaged remembers chunks whose records are bad.
 func (r *Repository) markDamaged(ids []ID) error {
@@ -539,6 +554,7 @@ func (r *Repository) markDamaged(ids []ID) error {
 		r.damaged[id] = struct{}{}
 		r.cache.drop(id)
 	}
+	r.damagedCount.Store(int64(len(r.damaged)))
 	return err
 }
 
@@ -554,12 +570,8 @@ type Stats struct {
 	Encrypted    bool  `json:"encrypted"`
 }
 
-// Stats returns figures of the repository. Chunks that a session is storing are
-// counted once their segment is sealed.
-func (r *Repository) Stats(context.Context) (Stats, error) {
-	if err := r.appender.finish(); err != nil {
-		return Stats{}, err
-	}
+// Stats returns figures of the repository, with what sessions have stored so far.
+func (r *Repository) Stats() Stats {
 	s := Stats{ChunkSize: r.chunkSize, Encrypted: r.keys != nil}
 	for _, p := range r.Points() {
 		s.Points++
@@ -567,13 +579,17 @@ func (r *Repository) Stats(context.Context) (Stats, error) {
 			s.LogicalBytes += d.Map.Size
 		}
 	}
+	segments := r.appender.unsealed()
 	for _, seg := range r.segments.sealedSegments() {
-		s.Segments++
-		s.StoredBytes += seg.summary.Size
-		s.Chunks += int64(seg.summary.Chunks)
-		s.UniqueBytes += seg.summary.ChunkBytes
+		segments = append(segments, seg.summary)
 	}
-	return s, nil
+	for _, sum := range segments {
+		s.Segments++
+		s.StoredBytes += sum.Size
+		s.Chunks += int64(sum.Chunks)
+		s.UniqueBytes += sum.ChunkBytes
+	}
+	return s
 }
 
 func attrErr(err error) slog.Attr    { return slog.String("error", err.Error()) }

@@ -3,6 +3,7 @@ package blockstore
 import (
 	"container/list"
 	"crypto/cipher"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -18,7 +19,6 @@ import (
 const (
 	sealedSuffix = ".seg"  // a sealed segment, never written again
 	openSuffix   = ".open" // a segment that is being written, or was when we were stopped
-	badSuffix    = ".bad"  // an unsealed segment whose header can't be read, put aside
 
 	// maxOpenSegments is how many sealed segments are kept open for reading.
 	maxOpenSegments = 512
@@ -42,7 +42,7 @@ type segment struct {
 	gone      bool
 	element   *list.Element // in segmentSet.opened while file may be open
 
-	// opening guards file and seal until they are set.
+	// opening guards file and aead until they are set.
 	opening sync.Mutex
 	file    durable.File
 	aead    cipher.AEAD // nil if not encrypted
@@ -88,7 +88,7 @@ func newSegmentSet(fsys durable.FS, dir string, k *keys, repoID [16]byte) *segme
 	}
 }
 
-// holds reports whether a location can be relied on: its segment is
+// holdsLocked reports whether a location can be relied on: its segment is
 // live, is the one that was meant, and reaches that far.
 func (s *segmentSet) holdsLocked(loc location) (*segment, bool) {
 	seg := s.byNumber[loc.Segment]
@@ -152,7 +152,7 @@ func (seg *segment) open(s *segmentSet, path string) error {
 	if err != nil {
 		return err
 	}
-	aead, err := s.openCipher(f)
+	aead, err := s.cipherOf(seg.number, seg.generation)
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
@@ -160,25 +160,13 @@ func (seg *segment) open(s *segmentSet, path string) error {
 	return nil
 }
 
-// openCipher returns the cipher for a segment's payloads, nil if they
-// are plain. A plain segment needs nothing from its header.
-func (s *segmentSet) openCipher(f durable.File) (cipher.AEAD, error) {
+// cipherOf returns the cipher for a segment's payloads, nil if they are plain.
+func (s *segmentSet) cipherOf(number, generation uint64) (cipher.AEAD, error) {
 	if s.keys == nil {
 		return nil, nil
 	}
-	h, err := readSegmentHeader(f)
-	if err != nil {
-		return nil, err
-	}
-	return s.cipherOf(h)
-}
-
-// cipherOf returns the cipher of the segment that has a header.
-func (s *segmentSet) cipherOf(h segmentHeader) (cipher.AEAD, error) {
-	if s.keys == nil {
-		return nil, nil
-	}
-	return s.keys.seal(contextSegment, h.Salt[:])
+	salt := binary.LittleEndian.AppendUint64(nil, number)
+	return s.keys.seal(contextSegment, binary.LittleEndian.AppendUint64(salt, generation))
 }
 
 func readSegmentHeader(f durable.File) (segmentHeader, error) {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -51,9 +50,9 @@ func (s *Session) Close() {
 }
 
 // Base returns the disk of a VM's newest point that a new backup of this disk
-// can be compared with, and whether there is one. Its map may be built
-// upon until the session ends, even if the point is deleted.
-func (s *Session) Base(vm, disk string) (Map, bool) {
+// can be compared with, and that point; the point "" if there is none. The map may be
+// built upon until the session ends, even if the point is deleted.
+func (s *Session) Base(vm, disk string) (Map, PointID) {
 	s.r.mu.Lock()
 	defer s.r.mu.Unlock()
 	var newest *Point
@@ -63,16 +62,16 @@ func (s *Session) Base(vm, disk string) (Map, bool) {
 		}
 	}
 	if newest == nil {
-		return Map{}, false
+		return Map{}, ""
 	}
 	for _, d := range newest.Disks {
 		if d.Name == disk {
 			s.r.pins[d.Map]++
 			s.bases = append(s.bases, d.Map)
-			return d.Map, true
+			return d.Map, newest.ID
 		}
 	}
-	return Map{}, false
+	return Map{}, ""
 }
 
 // Stored tells what storing a chunk took.
@@ -142,17 +141,22 @@ func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, 
 	defer s.r.buffers.Put(buf)
 	payload, how, err := s.r.coder.compress(*buf, id, kind, data)
 	if err == nil {
+		err = s.r.checkSpace(1)
+	}
+	if err == nil {
 		loc, err = s.r.appender.append(id, kind, how, len(data), payload)
 	}
 	if err != nil {
 		s.r.claims.drop(id, c)
 		return Stored{}, err
 	}
-	protected := s.r.segments.protect(s, loc)
-	s.r.claims.stored(id, c, loc)
-	if !protected {
-		return Stored{}, s.r.appender.check(s.epoch) // its segment has just failed
+	if !s.r.segments.protect(s, loc) {
+		// Its segment has failed, or was sealed, found dead and condemned before the mark
+		// was set.
+		s.r.claims.drop(id, c)
+		return s.put(id, kind, data)
 	}
+	s.r.claims.stored(id, c, loc)
 	return Stored{New: true, Bytes: recordHeaderSize + int64(loc.Stored)}, nil
 }
 
@@ -241,6 +245,9 @@ func (s *Session) Commit(ctx context.Context, p Point) (Point, error) {
 			}
 		}
 	}
+	if _, exists := s.r.points[p.ID]; exists {
+		return Point{}, fmt.Errorf("point %s exists", p.ID)
+	}
 	data, err := encodePoint(p, s.r.keys)
 	if err != nil {
 		return Point{}, err
@@ -250,8 +257,12 @@ func (s *Session) Commit(ctx context.Context, p Point) (Point, error) {
 	path := s.r.pointPath(p.ID)
 	if err := durable.WriteFile(s.r.fs, path, data); err != nil {
 		// The rename may have happened all the same. What is not acknowledged must not
-		// be listed.
-		return Point{}, errors.Join(fmt.Errorf("write point: %w", noSpace(err)), s.r.fs.Remove(path), s.r.fs.SyncDir(filepath.Dir(path)))
+		// be listed; until that is sure, nothing is collected.
+		s.r.unsettled[p.ID] = struct{}{}
+		if settleErr := s.r.settleLocked(); settleErr != nil {
+			s.r.log.Error("the file of a point that failed cannot be removed", attrPath(path), attrErr(settleErr))
+		}
+		return Point{}, fmt.Errorf("write point: %w", noSpace(err))
 	}
 	s.r.points[p.ID] = p
 	return p, nil

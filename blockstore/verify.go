@@ -55,10 +55,22 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 	if err := r.appender.finish(); err != nil {
 		return VerifyResult{}, err
 	}
-	v := &verification{r: r, o: o, needed: marks{}, bad: map[ID]string{}}
+	v := &verification{
+		r: r, o: o, needed: marks{}, walked: walkedNodes{}, clean: walkedNodes{},
+		unlisted: map[uint64]bool{}, bad: map[ID]string{},
+	}
 	v.result.Errors = []VerifyError{}
+	if err := v.envelopes(ctx); err != nil {
+		return v.result, err
+	}
 	points := r.Points()
 	// Pins keep a collection that runs meanwhile from taking what is about to be read.
+	var disks []*Disk
+	defer func() {
+		for _, d := range disks {
+			d.unpin()
+		}
+	}()
 	for _, p := range points {
 		for _, d := range p.Disks {
 			disk, err := r.OpenDisk(p.ID, d.Name, DiskOptions{})
@@ -68,7 +80,7 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 			if err != nil {
 				return v.result, err
 			}
-			defer disk.Close() //nolint:errcheck // it only unpins, and never fails
+			disks = append(disks, disk)
 			if err := v.mark(ctx, r.tree(d.Map)); err != nil {
 				return v.result, err
 			}
@@ -88,6 +100,12 @@ type verification struct {
 	r      *Repository
 	o      VerifyOptions
 	needed marks
+	walked walkedNodes
+	clean  walkedNodes // nodes below which report found nothing bad
+
+	// unlisted are the segments whose tables of contents are damaged: what points need of
+	// them is read as mark comes to it.
+	unlisted map[uint64]bool
 	// all: a map node is bad, so nobody knows what was needed below it. Every record is
 	// read, that a backup of the same content may store anew what is bad.
 	all bool
@@ -127,7 +145,10 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 		v.all = v.all || t.level > 0
 		return nil
 	}
-	if !v.needed.set(loc) || t.level == 0 {
+	if v.needed.set(loc) && t.level == 0 && v.unlisted[loc.Segment] {
+		return v.readOne(t.id)
+	}
+	if t.level == 0 || !v.walked.add(t.level, loc) {
 		return nil
 	}
 	v.r.cache.drop(t.id) // what is in memory proves nothing of what is on disk
@@ -148,15 +169,67 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 	return nil
 }
 
+// readOne checks a chunk by itself.
+func (v *verification) readOne(id ID) error {
+	_, err := v.r.load(id, chunkRecord, make([]byte, v.r.chunkSize), true)
+	if errors.Is(err, ErrDamaged) {
+		v.fail(id, err)
+		return nil
+	}
+	v.result.CheckedChunks++
+	v.result.CheckedBytes += int64(v.r.chunkSize)
+	return err
+}
+
+// envelopes checks what is around the records of each segment.
+func (v *verification) envelopes(ctx context.Context) error {
+	for _, seg := range v.r.segments.sealedSegments() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		_, err := v.r.entries(seg)
+		if errors.Is(err, errGone) {
+			continue
+		}
+		v.unlisted[seg.number] = err != nil
+		if err == nil {
+			err = v.r.checkHeader(seg)
+		}
+		if err != nil && !errors.Is(err, errGone) {
+			v.add(VerifyError{Reason: fmt.Sprintf("segment %s, beside its records: %v", segmentName(seg.number, seg.generation, ""), err)})
+		}
+	}
+	return nil
+}
+
+// checkHeader compares a segment's header with its name.
+func (r *Repository) checkHeader(seg *segment) error {
+	opened, err := r.segments.acquire(location{Segment: seg.number, Generation: seg.generation})
+	if err != nil {
+		return err
+	}
+	defer r.segments.release(opened)
+	h, err := readSegmentHeader(opened.file)
+	want := segmentHeader{Number: seg.number, Generation: seg.generation, Repository: r.segments.repoID, Encrypted: r.keys != nil}
+	if err == nil && h != want {
+		err = errors.New("the header is that of another segment")
+	}
+	return err
+}
+
 // read checks the needed records of as many segments as were asked for, in the
 // order in which they lie.
 func (v *verification) read(ctx context.Context) error {
 	segments := v.r.segments.sealedSegments()
 	var total int64
+	last := map[*segment]int64{}
+	v.r.segments.mu.Lock()
 	for _, s := range segments {
 		total += s.summary.Size
+		last[s] = s.summary.VerifiedSec
 	}
-	slices.SortStableFunc(segments, func(a, b *segment) int { return cmp.Compare(a.summary.VerifiedSec, b.summary.VerifiedSec) })
+	v.r.segments.mu.Unlock()
+	slices.SortStableFunc(segments, func(a, b *segment) int { return cmp.Compare(last[a], last[b]) })
 	want := int64(float64(total) * v.o.Percent / 100)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
@@ -175,10 +248,10 @@ func (v *verification) read(ctx context.Context) error {
 func (v *verification) segment(ctx context.Context, seg *segment, want int64) error {
 	entries, err := v.r.entries(seg)
 	if errors.Is(err, errGone) {
-		return nil // collected meanwhile: what is needed was checked as it was moved
+		return nil // collected meanwhile
 	}
 	if err != nil {
-		return err
+		return nil //nolint:nilerr // envelopes has told, and mark has read what is needed
 	}
 	opened, err := v.r.segments.acquire(location{Segment: seg.number, Generation: seg.generation})
 	if errors.Is(err, errGone) {
@@ -188,7 +261,6 @@ func (v *verification) segment(ctx context.Context, seg *segment, want int64) er
 		return err
 	}
 	defer v.r.segments.release(opened)
-	v.envelope(opened)
 	record := make([]byte, recordHeaderSize+maxPayload)
 	plain := make([]byte, max(v.r.chunkSize, nodeSize))
 	for i, e := range entries {
@@ -215,22 +287,6 @@ func (v *verification) segment(ctx context.Context, seg *segment, want int64) er
 		v.o.Progress(min(done, want), want)
 	}
 	return v.r.verified(seg, time.Now())
-}
-
-// envelope checks what is around a segment's records.
-func (v *verification) envelope(seg *segment) {
-	_, err := readSegmentHeader(seg.file)
-	if err == nil {
-		var size int64
-		if size, err = seg.file.Size(); err == nil {
-			_, err = readEntries(seg.file, size)
-		}
-	}
-	if err != nil {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		v.add(VerifyError{Reason: fmt.Sprintf("segment %s, beside its records: %v", segmentName(seg.number, seg.generation, ""), err)})
-	}
 }
 
 // check reads one record and compares the content with its id.
@@ -279,7 +335,7 @@ func (v *verification) report(ctx context.Context, points []Point) error {
 	}
 	for _, p := range points {
 		for _, d := range p.Disks {
-			if err := v.locate(ctx, v.r.tree(d.Map), 0, p, d); err != nil {
+			if _, err := v.locate(ctx, v.r.tree(d.Map), 0, p, d); err != nil {
 				return err
 			}
 		}
@@ -288,29 +344,38 @@ func (v *verification) report(ctx context.Context, points []Point) error {
 }
 
 // locate reports the bad parts of a subtree that starts at an offset of a
-// disk.
-func (v *verification) locate(ctx context.Context, t tree, start int64, p Point, d PointDisk) error {
+// disk, and whether there are any.
+func (v *verification) locate(ctx context.Context, t tree, start int64, p Point, d PointDisk) (found bool, err error) {
 	if t.id.IsNull() || start >= d.Map.Size || len(v.result.Errors) >= maxVerifyErrors {
-		return ctx.Err()
+		return false, ctx.Err()
 	}
 	if reason, bad := v.bad[t.id]; bad {
 		v.add(VerifyError{
 			Point: p.ID, VM: p.VM, Disk: d.Name,
 			Offset: start, Length: min(v.r.span(t.level), d.Map.Size-start), Reason: reason,
 		})
-		return nil
+		return true, nil
 	}
 	if t.level == 0 {
-		return nil
+		return false, nil
+	}
+	loc, _, err := v.r.find(t.id)
+	if err != nil || v.clean[t.level].has(loc.Segment, loc.Ordinal) {
+		return false, err
 	}
 	n, err := v.r.node(t.id)
 	if err != nil {
-		return err
+		return false, err
 	}
 	for i := range Fanout {
-		if err := v.locate(ctx, t.child(n, i), start+int64(i)*v.r.span(t.level-1), p, d); err != nil {
-			return err
+		below, err := v.locate(ctx, t.child(n, i), start+int64(i)*v.r.span(t.level-1), p, d)
+		if err != nil {
+			return found, err
 		}
+		found = found || below
 	}
-	return nil
+	if !found {
+		v.clean.add(t.level, loc) // the next point that shares it need not walk it
+	}
+	return found, nil
 }

@@ -50,13 +50,13 @@ func newDiskRun(repo *blockstore.Repository, s *blockstore.Session, vm string, s
 		result: DiskResult{Name: src.Name, Mode: Full, Size: src.Disk.Size()},
 	}
 	d.buffers.New = func() any { b := make([]byte, d.stripe); return &b }
-	var ok bool
-	if d.base, ok = s.Base(vm, src.Name); !ok {
+	var point blockstore.PointID
+	if d.base, point = s.Base(vm, src.Name); point == "" {
 		return d
 	}
 	d.resized = d.base.Size != d.size
 	d.result.Mode = Scan
-	if src.Changed != nil && !d.resized {
+	if src.Changed != nil && src.Since == point && !d.resized && !repo.AnyDamaged() {
 		d.result.Mode = Incremental
 	}
 	if !d.resized {
@@ -104,10 +104,19 @@ func (d *diskRun) todo(ctx context.Context) iter.Seq2[image.Extent, error] {
 	}
 	return func(yield func(image.Extent, error) bool) {
 		for _, c := range changed {
+			next := c.Off
 			for e, err := range image.Coalesce(d.src.Disk.Extents(ctx, c.Off, c.Len)) {
-				if !yield(e, err) {
+				if err == nil && (e.Off != next || e.End() > c.End()) {
+					err = fmt.Errorf("%v where [%d, %d) was to follow", e, next, c.End())
+				}
+				if !yield(e, err) || err != nil {
 					return
 				}
+				next = e.End()
+			}
+			if next != c.End() {
+				yield(image.Extent{}, fmt.Errorf("they end at %d instead of %d", next, c.End()))
+				return
 			}
 		}
 	}

@@ -111,19 +111,21 @@ func TestHeal(t *testing.T) {
 	for _, off := range []int{0, mib, 70 * mib, 129 * mib} {
 		fill(disk, rng, off, 100_000)
 	}
-	run := func(source ingest.Source) blockstore.Point {
+	var last blockstore.PointID
+	run := func(source ingest.Source) {
 		r, err := blockstore.Open(dir, blockstore.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer r.Close()
+		source.Since = last
 		p := backup(t, r, source).Point
+		last = p.ID
 		check(t, r, p, "a", disk)
 		v, err := r.Verify(t.Context(), blockstore.VerifyOptions{})
 		if err != nil || len(v.Errors) > 0 {
 			t.Errorf("verify after a backup: %+v, %v", v.Errors, err)
 		}
-		return p
 	}
 	run(ingest.Source{Name: "a", Disk: memory(disk)})
 	files, err := filepath.Glob(filepath.Join(dir, "segments", "*.seg"))

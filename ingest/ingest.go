@@ -35,8 +35,9 @@ import (
 // Mode says how much of a disk is read.
 type Mode string
 
-// The modes. An incremental disk whose last point is missing or has another size
-// is read as a scan; a scan without one is a full.
+// The modes. A disk of another size than in the last point is scanned, and so is
+// one of a repository in which something is known to be damaged: only what is read
+// can heal it.
 const (
 	Full        Mode = "full"        // all data is read and nothing is compared
 	Scan        Mode = "scan"        // all data is read and compared with the last point
@@ -48,9 +49,10 @@ type Source struct {
 	Name string
 	Disk image.Disk
 	// Changed vouches that outside these extents the disk is as it was in the
-	// VM's newest point. Nil means that nobody knows; an empty slice that nothing
-	// changed.
+	// point Since. Nil means that nobody knows; an empty slice that nothing changed.
+	// It is used only if Since is still the VM's newest point.
 	Changed []image.Extent
+	Since   blockstore.PointID
 }
 
 // Request is one backup. All disks are of the same moment.

@@ -56,23 +56,29 @@ func TestModes(t *testing.T) {
 	fill(disk, rng, 30*mib, 100)
 	clear(disk[mib : mib+64<<10])
 	changed := []image.Extent{{Off: 30 * mib, Len: 100}, {Off: mib, Len: 64 << 10}}
-	incremental := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: changed})
+	incremental := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: changed, Since: same.Point.ID})
 	if d := incremental.Disks[0]; d.Mode != ingest.Incremental || d.Read > 16<<10 || d.New != 16<<10 || d.Changed != 80<<10 {
 		t.Errorf("incremental: got %+v", d)
 	}
 	check(t, r, incremental.Point, "a", disk)
 	check(t, r, full.Point, "a", first)
 
-	nothing := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}})
+	stale := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: same.Point.ID})
+	if d := stale.Disks[0]; d.Mode != ingest.Scan {
+		t.Errorf("changes since a point that is not the last: got mode %s, want a scan", d.Mode)
+	}
+	nothing := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: stale.Point.ID})
 	if d := nothing.Disks[0]; d.Read != 0 || d.Stored != 0 {
 		t.Errorf("incremental without changes: got %+v", d)
 	}
 	check(t, r, nothing.Point, "a", disk)
 
+	last := nothing.Point.ID
 	for _, size := range []int{5*mib + 1, 200 * mib, 0, 3 * mib} {
 		resized := make([]byte, size)
 		copy(resized, disk)
-		got := backup(t, r, ingest.Source{Name: "a", Disk: memory(resized), Changed: []image.Extent{}})
+		got := backup(t, r, ingest.Source{Name: "a", Disk: memory(resized), Changed: []image.Extent{}, Since: last})
+		last = got.Point.ID
 		if got.Disks[0].Mode != ingest.Scan {
 			t.Errorf("resized to %d: got mode %s, want a scan", size, got.Disks[0].Mode)
 		}
@@ -84,5 +90,41 @@ func TestModes(t *testing.T) {
 	v, err := r.Verify(t.Context(), blockstore.VerifyOptions{})
 	if err != nil || len(v.Errors) != 0 {
 		t.Errorf("verify: %+v, %v", v, err)
+	}
+}
+
+// gappy is a disk whose extents leave something out.
+type gappy struct {
+	memory
+	extents []image.Extent
+}
+
+func (g gappy) Extents(context.Context, int64, int64) iter.Seq2[image.Extent, error] {
+	return func(yield func(image.Extent, error) bool) {
+		for _, e := range g.extents {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Extents that don't cover the disk are an error: what they leave out would be taken for
+// zeros, or for unchanged.
+func TestIncompleteExtents(t *testing.T) {
+	t.Parallel()
+	r := open(t, blockstore.CreateOptions{})
+	for _, extents := range [][]image.Extent{
+		nil,
+		{{Off: 0, Len: mib}},
+		{{Off: 0, Len: mib / 2}, {Off: mib, Len: mib, Zero: true}},
+		{{Off: 0, Len: 3 * mib}},
+		{{Off: mib, Len: mib}},
+	} {
+		disk := gappy{make(memory, 2*mib), extents}
+		_, err := ingest.Run(t.Context(), r, ingest.Request{VM: "vm", Disks: []ingest.Source{{Name: "a", Disk: disk}}}, nil)
+		if err == nil || len(r.Points()) != 0 {
+			t.Errorf("%v: got %v, want an error and no point", extents, err)
+		}
 	}
 }

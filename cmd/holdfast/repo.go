@@ -26,10 +26,7 @@ func (p *program) repoStatsCommand() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
-				s, err := a.Stats(cmd.Context())
-				if err != nil {
-					return err
-				}
+				s := a.Stats()
 				encrypted := "no"
 				if s.Encrypted {
 					encrypted = "yes"
