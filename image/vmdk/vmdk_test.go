@@ -47,16 +47,22 @@ func TestReadSubformats(t *testing.T) {
 	}
 }
 
-// TestReadTables reads disks whose data reaches from one grain table, of 32 MiB
-// of the disk, into the next.
+// large returns a disk of 32 MiB or more with data at its end and at 32 MiB,
+// where the second grain table begins.
+func large(size int64) []byte {
+	data := make([]byte, size)
+	copy(data[size-mib:], imgtest.Random(mib, 2))
+	copy(data[32*mib-100*kib:], bytes.Repeat([]byte("across the border"), 12*kib))
+	return data
+}
+
+// TestReadTables reads disks of more than one grain table.
 func TestReadTables(t *testing.T) {
 	t.Parallel()
 	for _, subformat := range []string{"monolithicSparse", "streamOptimized"} {
 		t.Run(subformat, func(t *testing.T) {
 			t.Parallel()
-			data := make([]byte, 33*mib+3*512)
-			copy(data[31*mib:], imgtest.Random(2*mib+3*512, 2))
-			copy(data[32*mib-100*kib:], bytes.Repeat([]byte("across the border"), 12*kib))
+			data := large(33*mib + 3*512)
 			checkLikeQEMU(t, imgtest.Convert(t, data, "vmdk", "-o", "subformat="+subformat), data)
 		})
 	}
