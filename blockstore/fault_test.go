@@ -3,6 +3,7 @@ package blockstore
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
@@ -102,10 +103,14 @@ func TestFaults(t *testing.T) {
 			t.Parallel()
 			for n := 1; ; n++ {
 				fs := &faultyFS{FS: durable.OS()}
-				dir := create(t, CreateOptions{})
+				parent := memoryDir(t)
+				dir := createIn(t, parent, CreateOptions{})
 				if !faultRound(t, dir, fs, n, tt.err, tt.sticky) {
 					t.Logf("%d operations failed in turn", n-1)
 					break
+				}
+				if err := os.RemoveAll(parent); err != nil {
+					t.Fatal(err)
 				}
 				if t.Failed() {
 					t.Fatalf("with operation %d failing", n)

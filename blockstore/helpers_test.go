@@ -16,7 +16,13 @@ const testChunk = MinChunkSize
 // create makes a repository with small chunks and returns its folder.
 func create(t testing.TB, o CreateOptions) string {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), "repo")
+	return createIn(t, t.TempDir(), o)
+}
+
+// createIn is create in a folder of the caller's.
+func createIn(t testing.TB, parent string, o CreateOptions) string {
+	t.Helper()
+	dir := filepath.Join(parent, "repo")
 	if o.ChunkSize == 0 {
 		o.ChunkSize = testChunk
 	}
@@ -24,6 +30,18 @@ func create(t testing.TB, o CreateOptions) string {
 	if err := Create(dir, o); err != nil {
 		t.Fatal(err)
 	}
+	return dir
+}
+
+// memoryDir returns a temporary folder in memory, where there is one: for tests that open and close
+// many repositories.
+func memoryDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "holdfast-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	return dir
 }
 
@@ -177,7 +195,10 @@ func checkSound(t testing.TB, r *Repository) {
 // leave it.
 func crash(t testing.TB, dir string) string {
 	t.Helper()
-	to := filepath.Join(t.TempDir(), "crashed")
+	to, err := os.MkdirTemp(filepath.Dir(dir), "crashed-")
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := os.CopyFS(to, os.DirFS(dir)); err != nil {
 		t.Fatal(err)
 	}

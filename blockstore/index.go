@@ -103,7 +103,11 @@ const indexMemory = 64 << 20
 
 // index is the map from chunk ids to locations: a cache of the segments.
 // BadgerDB makes it safe for concurrent use.
-type index struct{ db *badger.DB }
+type index struct {
+	db *badger.DB
+	// fault, if set, makes sync fail. For tests: BadgerDB's files can't be made to.
+	fault func() error
+}
 
 func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 	// Everything stays in the LSM tree: the values are far below the threshold for
@@ -136,7 +140,7 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open index %s: %w", dir, err)
 	}
-	return &index{db}, nil
+	return &index{db: db}, nil
 }
 
 // lacksMeans reports whether err says that the system refuses what opening a
@@ -222,6 +226,11 @@ func (w indexWrite) putSummary(n uint64, s summary) error {
 // that is just being flushed holds: after a loss of power that may be missing, and is
 // entered again when it is missed (see Repository.reindex).
 func (x *index) sync() error {
+	if x.fault != nil {
+		if err := x.fault(); err != nil {
+			return fmt.Errorf("index: %w", err)
+		}
+	}
 	if err := x.db.Sync(); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}

@@ -1,0 +1,315 @@
+package blockstore
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+// watchedContext calls a function whenever somebody asks whether it has ended.
+type watchedContext struct {
+	context.Context
+	asked func()
+}
+
+func (c watchedContext) Err() error {
+	c.asked()
+	return c.Context.Err()
+}
+
+// watchedFS calls a function after a segment was removed.
+type watchedFS struct {
+	durable.FS
+	removed func()
+}
+
+func (f watchedFS) Remove(name string) error {
+	err := f.FS.Remove(name)
+	if strings.HasSuffix(name, sealedSuffix) {
+		f.removed()
+	}
+	return err
+}
+
+// A session stores chunks anew whose segment is being collected. The machine stops
+// when that segment is gone: the point that had them before is whole.
+func TestCollectionFlushesWhatReplacesIt(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	var crashed string
+	fs := watchedFS{FS: durable.OS(), removed: func() { crashed = crash(t, dir) }}
+	r := open(t, dir, Options{SegmentSize: 16 << 20, fs: fs})
+	doomed := mustBackup(t, r, "x", numbers(100, 50))
+	kept := mustBackup(t, r, "vm", numbers(1, 3))
+	if err := r.DeletePoint(doomed.ID); err != nil {
+		t.Fatal(err)
+	}
+	s := r.Begin()
+	defer s.Close()
+	var once sync.Once
+	ctx := watchedContext{t.Context(), func() {
+		r.segments.mu.Lock()
+		condemned := false
+		for _, seg := range r.segments.byNumber {
+			condemned = condemned || seg.condemned
+		}
+		r.segments.mu.Unlock()
+		if condemned {
+			once.Do(func() {
+				if _, err := store(t, s, numbers(1, 3)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}}
+	if got, err := r.Collect(ctx, CollectOptions{}); err != nil || got.DeadChunks < 50 || crashed == "" {
+		t.Fatalf("collect: got %+v, %v", got, err)
+	}
+	checkDisk(t, open(t, crashed, Options{}), kept.ID, numbers(1, 3))
+}
+
+// The index takes entries and then fails. What it took must not be rested on if it is cut
+// off the segment.
+func TestIndexFails(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{SegmentSize: 16 << 20})
+	first := mustBackup(t, r, "vm", numbers(1, 5))
+	r.index.fault = func() error { return syscall.EIO }
+	if _, err := backup(t, r, "vm", numbers(50, 5)); !errors.Is(err, syscall.EIO) {
+		t.Errorf("got %v, want %v", err, syscall.EIO)
+	}
+	r.index.fault = nil
+	second := mustBackup(t, r, "vm", numbers(50, 5))
+	for range 2 {
+		checkDisk(t, r, first.ID, numbers(1, 5))
+		checkDisk(t, r, second.ID, numbers(50, 5))
+		checkSound(t, r)
+		closeOnce(t, r)
+		r = open(t, dir, Options{})
+	}
+}
+
+// Damage to a segment's header, to a record's header or to the table of contents costs
+// that record at the most, also with the index gone, and no collection makes it more.
+func TestDamagedStructure(t *testing.T) {
+	t.Parallel()
+	for _, passphrase := range []string{"", "secret"} {
+		t.Run("passphrase="+passphrase, func(t *testing.T) {
+			t.Parallel()
+			dir := create(t, CreateOptions{Passphrase: passphrase})
+			o := Options{Passphrase: passphrase, SegmentSize: 16 << 20}
+			r := open(t, dir, o)
+			doomed := mustBackup(t, r, "x", numbers(100, 5))
+			kept := mustBackup(t, r, "vm", numbers(1, 40))
+			unsealed := crash(t, dir)
+			closeOnce(t, r)
+
+			damaged := func(r *Repository) int {
+				d, err := r.OpenDisk(kept.ID, "vda", DiskOptions{Whole: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer d.Close()
+				n := 0
+				for i := range uint32(40) {
+					b := make([]byte, testChunk)
+					if _, err := d.ReadAt(b, int64(i)*testChunk); err != nil {
+						n++
+					} else if string(b) != string(chunkOf(i+1)) {
+						t.Errorf("chunk %d has other bytes", i)
+					}
+				}
+				return n
+			}
+			place := func(id ID) int64 {
+				r := open(t, crash(t, dir), o)
+				defer closeOnce(t, r)
+				loc, ok, err := r.find(id)
+				if err != nil || !ok {
+					t.Fatal(ok, err)
+				}
+				return int64(loc.Off)
+			}
+			chunk := place(r.ID(chunkOf(11)))
+			path := segmentFiles(t, dir, sealedSuffix)[0]
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, tt := range []struct {
+				name  string
+				flips []int64
+				lost  int
+			}{
+				{"header of the segment", []int64{30}, 0},
+				{"magic of a record", []int64{chunk}, 1},
+				{"length of a record", []int64{chunk + 13}, 1},
+				{"contents", []int64{info.Size() - 100}, 0},
+				{"contents and a record", []int64{info.Size() - 100, chunk}, 1},
+				{"first record", []int64{segmentHeaderSize}, 0}, // of the doomed point
+			} {
+				for _, index := range []bool{true, false} {
+					dir := crash(t, dir)
+					for _, off := range tt.flips {
+						flip(t, segmentFiles(t, dir, sealedSuffix)[0], off)
+					}
+					if !index {
+						if err := os.RemoveAll(filepath.Join(dir, indexDir)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					r := open(t, dir, o)
+					if got := damaged(r); got != tt.lost {
+						t.Errorf("%s, index %v: %d chunks are lost, want %d", tt.name, index, got, tt.lost)
+					}
+					if err := r.DeletePoint(doomed.ID); err != nil {
+						t.Error(err)
+					}
+					if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
+						t.Errorf("%s, index %v: collect: %v", tt.name, index, err)
+					}
+					r.cache = newCache(defaultCacheSize)
+					if got := damaged(r); got != tt.lost {
+						t.Errorf("%s, index %v: %d chunks are lost after a collection, want %d", tt.name, index, got, tt.lost)
+					}
+					v, err := r.Verify(t.Context(), VerifyOptions{})
+					if err != nil || tt.lost > 0 && len(v.Errors) == 0 {
+						t.Errorf("%s, index %v: verify: got %+v, %v", tt.name, index, v.Errors, err)
+					}
+					again := mustBackup(t, r, "vm", numbers(1, 40))
+					checkDisk(t, r, again.ID, numbers(1, 40))
+					closeOnce(t, r)
+				}
+			}
+			for off, lost := range map[int64]int{30: 0, segmentHeaderSize: 0, chunk: 1, chunk + 13: 1, chunk + 70: 1} {
+				dir := crash(t, unsealed)
+				flip(t, segmentFiles(t, dir, openSuffix)[0], off)
+				r := open(t, dir, o)
+				if got := damaged(r); got != lost {
+					t.Errorf("unsealed, offset %d: %d chunks are lost, want %d", off, got, lost)
+				}
+				closeOnce(t, r)
+			}
+		})
+	}
+}
+
+// A point that is wrong about a disk's size, and so about its tree's height, costs other points
+// nothing.
+func TestWrongHeight(t *testing.T) {
+	t.Parallel()
+	r := open(t, create(t, CreateOptions{}), Options{})
+	c := append(numbers(1, 10), make(content, 2*Fanout)...)
+	good := mustBackup(t, r, "vm", c)
+	for range 8 {
+		s := r.Begin()
+		m := good.Disks[0].Map
+		m.Size, m.Data = testChunk, testChunk
+		_, err := s.Commit(t.Context(), Point{ID: NewPointID(), VM: "wrong", Disks: []PointDisk{{Name: "vda", Map: m}}})
+		s.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _ = r.Collect(t.Context(), CollectOptions{}) // whatever it says of the wrong points
+	r.cache = newCache(defaultCacheSize)
+	checkDisk(t, r, good.ID, c)
+}
+
+// stuckFS cannot settle the folder of points while it is stuck.
+type stuckFS struct {
+	durable.FS
+	stuck bool
+}
+
+func (f *stuckFS) SyncDir(name string) error {
+	if f.stuck && filepath.Base(name) == pointsDir {
+		return syscall.EIO
+	}
+	return f.FS.SyncDir(name)
+}
+
+func (f *stuckFS) Remove(name string) error {
+	if f.stuck && strings.HasSuffix(name, pointSuffix) {
+		return syscall.EIO
+	}
+	return f.FS.Remove(name)
+}
+
+// The file of a point that was not acknowledged stays. No collection takes its chunks before
+// the file is gone.
+func TestUnsettledPoint(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	fs := &stuckFS{FS: durable.OS()}
+	r := open(t, dir, Options{fs: fs})
+	mustBackup(t, r, "vm", numbers(1, 5))
+	fs.stuck = true
+	if _, err := backup(t, r, "vm", numbers(50, 5)); !errors.Is(err, syscall.EIO) {
+		t.Errorf("got %v, want %v", err, syscall.EIO)
+	}
+	if _, err := r.Collect(t.Context(), CollectOptions{}); !errors.Is(err, syscall.EIO) {
+		t.Errorf("collect: got %v, want %v", err, syscall.EIO)
+	}
+	checkSound(t, open(t, crash(t, dir), Options{}))
+	fs.stuck = false
+	if got, err := r.Collect(t.Context(), CollectOptions{}); err != nil || got.DeadChunks != 6 {
+		t.Errorf("collect: got %+v, %v, want 5 chunks and a leaf dead", got, err)
+	}
+	closeOnce(t, r)
+	r = open(t, dir, Options{})
+	if got := r.Points(); len(got) != 1 {
+		t.Errorf("got points %v, want one", got)
+	}
+	checkSound(t, r)
+}
+
+// Taking the keys out of repository.json does not make the repository a plain one for who
+// gives a passphrase; one rotten key does not keep another from opening it.
+func TestKeysOfConfig(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{Passphrase: "secret"})
+	path := filepath.Join(dir, configFile)
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stripped := regexp.MustCompile(`(?s),\s*"keys".*`).ReplaceAll(whole, []byte("}"))
+	if err := os.WriteFile(path, stripped, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(dir, Options{Passphrase: "secret"}); err == nil || !strings.Contains(err.Error(), "nothing is encrypted") {
+		t.Errorf("got %v, want a refusal", err)
+	}
+	k := fixedKeys()
+	wrapped, err := k.wrap(CreateOptions{Passphrase: "secret", workFactor: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rotten := wrappedKey{Kind: "passphrase", Age: []byte(string(wrapped[0].Age))}
+	rotten.Age[len(rotten.Age)-1] ^= 1
+	if got, err := unwrap([]wrappedKey{rotten, wrapped[0]}, Options{Passphrase: "secret"}); err != nil || *got != *k {
+		t.Errorf("a rotten key before a good one: got %v", err)
+	}
+}
+
+// Verifications may run at the same time.
+func TestTwoVerifications(t *testing.T) {
+	t.Parallel()
+	r := open(t, create(t, CreateOptions{}), Options{SegmentSize: 64 << 10})
+	mustBackup(t, r, "vm", numbers(1, 100))
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() { checkSound(t, r) })
+	}
+	wg.Wait()
+}
