@@ -32,8 +32,11 @@ demo: ## back up, change, diff, mount, serve and restore a real guest's disk
 	@$(MAKE) --no-print-directory build
 	@scripts/demo
 
-bench: ## run the benchmarks; BENCH=regexp picks some
+bench: ## run the benchmarks, then scripts/bench; BENCH=regexp picks some, without the latter
 	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+ifeq ($(BENCH),.)
+	scripts/bench
+endif
 
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	scripts/fuzz $(FUZZTIME)
