@@ -103,8 +103,7 @@ type run struct {
 func (m *Image) find(off, length int64) (run, error) {
 	number, inBlock := off/m.block, off%m.block
 	count := min(pieceEntries, (inBlock+length-1)/m.block+1)
-	var piece [entrySize * pieceEntries]byte
-	entries := piece[:entrySize*count]
+	entries := make([]byte, entrySize*count)
 	if err := m.cache.ReadFull(entries, m.mapStart+entrySize*number); err != nil {
 		return run{}, err
 	}

@@ -144,8 +144,14 @@ func TestHas(t *testing.T) {
 		off, n int64
 		want   error
 	}{
-		{0, 100, nil}, {100, 0, nil}, {99, 1, nil},
-		{99, 2, image.ErrCorrupt}, {101, 0, image.ErrCorrupt}, {-1, 1, image.ErrCorrupt}, {1, -1, image.ErrCorrupt}, {1, 1<<63 - 1, image.ErrCorrupt},
+		{0, 100, nil},
+		{100, 0, nil},
+		{99, 1, nil},
+		{99, 2, image.ErrCorrupt},
+		{101, 0, image.ErrCorrupt},
+		{-1, 1, image.ErrCorrupt},
+		{1, -1, image.ErrCorrupt},
+		{1, 1<<63 - 1, image.ErrCorrupt},
 	} {
 		if err := f.Has(tt.off, tt.n); !errors.Is(err, tt.want) {
 			t.Errorf("%d bytes at %d: got %v, want %v", tt.n, tt.off, err, tt.want)
