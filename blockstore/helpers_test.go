@@ -51,7 +51,7 @@ func open(t testing.TB, dir string, o Options) *Repository {
 	if o.SegmentSize == 0 {
 		o.SegmentSize = 1 << 20
 	}
-	o.indexMemory = 8 << 20
+	o.indexMemory = 1 << 20
 	r, err := Open(dir, o)
 	if err != nil {
 		t.Fatal(err)

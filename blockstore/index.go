@@ -121,6 +121,7 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 		WithCompression(options.None).
 		WithBlockCacheSize(0).
 		WithChecksumVerificationMode(options.OnTableAndBlockRead).
+		WithValueThreshold(1 << 10).
 		WithMemTableSize(memory).
 		WithNumMemtables(2).
 		WithNumCompactors(2).

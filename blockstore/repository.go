@@ -580,9 +580,13 @@ func (r *Repository) Stats() Stats {
 		}
 	}
 	segments := r.appender.unsealed()
-	for _, seg := range r.segments.sealedSegments() {
-		segments = append(segments, seg.summary)
+	r.segments.mu.Lock()
+	for _, seg := range r.segments.byNumber {
+		if seg.sealed {
+			segments = append(segments, seg.summary)
+		}
 	}
+	r.segments.mu.Unlock()
 	for _, sum := range segments {
 		s.Segments++
 		s.StoredBytes += sum.Size
