@@ -2,13 +2,9 @@ package blockstore
 
 import (
 	"bytes"
-	"crypto/rand"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/bits"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,31 +26,8 @@ const (
 	indexDir    = "index"
 )
 
-// DefaultChunkSize is the chunk size that a repository gets unless told
-// otherwise, bytes.
-const DefaultChunkSize = 64 << 10
-
-// MinChunkSize and MaxChunkSize bound the chunk size, bytes.
-const (
-	MinChunkSize = 16 << 10
-	MaxChunkSize = maxChunkSize
-)
-
 // defaultCacheSize is the memory for decoded chunks and map nodes, bytes.
 const defaultCacheSize = 128 << 20
-
-// CreateOptions are the choices made once for a repository.
-type CreateOptions struct {
-	// ChunkSize is a power of two from MinChunkSize to MaxChunkSize, bytes; 0 is
-	// DefaultChunkSize.
-	ChunkSize int
-	// Passphrase and Recipients (in age's notation) encrypt the repository, if
-	// either is given. Any one of them opens it.
-	Passphrase string
-	Recipients []string
-
-	workFactor int // log2 of scrypt's N; 0 is age's own choice. Tests can't wait that long
-}
 
 // Options are the choices made at each opening.
 type Options struct {
@@ -94,85 +67,6 @@ func (o Options) withDefaults() (Options, error) {
 		return o, fmt.Errorf("segment size %d is not supported", o.SegmentSize)
 	}
 	return o, nil
-}
-
-// config is repository.json.
-type config struct {
-	Format    int          `json:"format"`
-	ID        string       `json:"id"` // 32 hexadecimal digits
-	ChunkSize int          `json:"chunk_size"`
-	Hash      string       `json:"hash"`
-	Created   time.Time    `json:"created"`
-	Keys      []wrappedKey `json:"keys,omitempty"`
-	// MAC authenticates the fields above but Keys; encrypted repositories only.
-	MAC []byte `json:"mac,omitempty"`
-}
-
-const hashName = "blake3"
-
-// authenticated returns the bytes that MAC covers.
-func (c config) authenticated() []byte {
-	return fmt.Appendf(nil, "%d\n%s\n%d\n%s\n%s\n", c.Format, c.ID, c.ChunkSize, c.Hash, c.Created.UTC().Format(time.RFC3339Nano))
-}
-
-func checkChunkSize(n int) error {
-	if n < MinChunkSize || n > MaxChunkSize || bits.OnesCount(uint(n)) != 1 {
-		return fmt.Errorf("chunk size %d: want a power of two from %d to %d bytes", n, MinChunkSize, MaxChunkSize)
-	}
-	return nil
-}
-
-// Create makes a repository in dir, which is created if need be and must not hold
-// one already. It is durable when Create returns nil.
-func Create(dir string, o CreateOptions) error {
-	fsys := durable.OS()
-	if o.ChunkSize == 0 {
-		o.ChunkSize = DefaultChunkSize
-	}
-	if err := checkChunkSize(o.ChunkSize); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	unlock, err := lock(dir)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	path := filepath.Join(dir, configFile)
-	if _, err := os.Lstat(path); err == nil {
-		return fmt.Errorf("%s: %w", dir, ErrExists)
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	var id [16]byte
-	_, _ = rand.Read(id[:]) // crypto/rand never fails
-	c := config{
-		Format: formatVersion, ID: hex.EncodeToString(id[:]), ChunkSize: o.ChunkSize,
-		Hash: hashName, Created: time.Now().UTC().Truncate(time.Second),
-	}
-	if o.Passphrase != "" || len(o.Recipients) > 0 {
-		k := newKeys()
-		if c.Keys, err = k.wrap(o); err != nil {
-			return err
-		}
-		c.MAC = k.authenticate(contextConfig, c.authenticated())
-	}
-	for _, name := range []string{segmentsDir, pointsDir} {
-		if err := fsys.Mkdir(filepath.Join(dir, name)); err != nil {
-			return err
-		}
-	}
-	data, err := json.MarshalIndent(c, "", "  ")
-	if err != nil {
-		return err
-	}
-	// The repository exists from the moment that this file does.
-	if err := durable.WriteFile(fsys, path, append(data, '\n')); err != nil {
-		return err
-	}
-	return fsys.SyncDir(filepath.Dir(filepath.Clean(dir)))
 }
 
 // Repository is an open repository. It is safe for concurrent use.
@@ -265,56 +159,6 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	}
 	r.damagedCount.Store(int64(len(r.damaged)))
 	return r, r.loadSegments()
-}
-
-// configure reads repository.json.
-func (r *Repository) configure(data []byte, o Options) error {
-	var c config
-	if err := json.Unmarshal(data, &c); err != nil {
-		return err
-	}
-	if c.Format != formatVersion {
-		return fmt.Errorf("repository format %d, this program reads %d", c.Format, formatVersion)
-	}
-	if c.Hash != hashName {
-		return fmt.Errorf("hash %q is unknown", c.Hash)
-	}
-	if err := checkChunkSize(c.ChunkSize); err != nil {
-		return err
-	}
-	id, err := hex.DecodeString(c.ID)
-	if err != nil || len(id) != 16 {
-		return fmt.Errorf("id %q is not 32 hexadecimal digits", c.ID)
-	}
-	r.id, r.chunkSize, r.created = c.ID, c.ChunkSize, c.Created
-	if len(c.Keys) == 0 && (o.Passphrase != "" || len(o.Identities) > 0) {
-		return errors.New("a key was given, but the file says that nothing is encrypted: give none if that is so, or bring the right file back")
-	}
-	var idKey, nodeKey []byte
-	if len(c.Keys) > 0 {
-		if r.keys, err = unwrap(c.Keys, o); err != nil {
-			return err
-		}
-		if !sameMAC(c.MAC, r.keys.authenticate(contextConfig, c.authenticated())) {
-			return errors.New("the file was changed by somebody without the key")
-		}
-		idKey = r.keys.derive(contextIDs, nil)
-		nodeKey = r.keys.derive(contextNodes, nil)
-	} else {
-		// A node's id must never be a chunk's, whatever a guest writes.
-		nodeKey = (&keys{}).derive(contextNodes, nil)
-	}
-	if r.chunkIDs, err = newHasher(idKey); err != nil {
-		return err
-	}
-	if r.nodeIDs, err = newHasher(nodeKey); err != nil {
-		return err
-	}
-	if r.coder, err = newCoder(); err != nil {
-		return err
-	}
-	r.segments = newSegmentSet(r.fs, filepath.Join(r.dir, segmentsDir), r.keys, [16]byte(id))
-	return nil
 }
 
 // Close makes durable what was stored and closes the repository. No call may be
