@@ -132,10 +132,11 @@ func backupCosts(b *testing.B, disk image.Disk) []cost {
 	}
 	defer r.Close()
 	var costs []cost
+	var last blockstore.PointID
 	for _, kind := range kinds {
 		src := ingest.Source{Name: "vda", Disk: disk}
 		if kind == "incremental" {
-			src.Changed = []image.Extent{}
+			src.Changed, src.Since = []image.Extent{}, last
 		}
 		req := ingest.Request{VM: "vm", Time: time.Now(), Consistency: "crash", Disks: []ingest.Source{src}}
 		var got ingest.Result
@@ -144,6 +145,7 @@ func backupCosts(b *testing.B, disk image.Disk) []cost {
 				b.Fatal(err)
 			}
 		}))
+		last = got.Point.ID
 		if string(got.Disks[0].Mode) != kind {
 			b.Fatalf("mode: got %s, want %s", got.Disks[0].Mode, kind)
 		}
