@@ -126,6 +126,7 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 		WithNumMemtables(2).
 		WithNumCompactors(2).
 		WithValueLogFileSize(1 << 20).
+		WithBypassLockGuard(true). // the repository's lock is enough
 		WithMetricsEnabled(false)
 	db, err := badger.Open(o)
 	if err != nil && !lacksMeans(err) {

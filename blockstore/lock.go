@@ -37,6 +37,9 @@ func lock(dir string) (unlock func(), err error) {
 	}
 	return func() {
 		_ = f.Truncate(0)
-		_ = f.Close() // closing unlocks
+		// Closing alone would leave the lock to a child that is just being started and
+		// has not yet let go of our files.
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		_ = f.Close()
 	}, nil
 }

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/image"
 )
@@ -237,4 +240,55 @@ func TestCollectBesideSession(t *testing.T) {
 		t.Errorf("got %d segments after the collection", got)
 	}
 	checkSound(t, r)
+}
+
+// A repository that was closed is free, also if a program was started while it was open
+// and has not got rid of our files yet.
+func TestLockAndChildren(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	for range 3 {
+		unlock, err := lock(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// What a child has between fork and exec: another descriptor of the same open file.
+		fd, err := dupOfLock(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unlock()
+		again, err := lock(dir)
+		if err != nil {
+			t.Error(err)
+		} else {
+			again()
+		}
+		if err := unix.Close(fd); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// dupOfLock duplicates this process's descriptor of a repository's lock that
+// has the lock.
+func dupOfLock(dir string) (int, error) {
+	path, err := filepath.EvalSymlinks(filepath.Join(dir, lockFile))
+	if err != nil {
+		return 0, err
+	}
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return 0, err
+	}
+	for _, e := range fds {
+		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && target == path {
+			fd, err := strconv.Atoi(e.Name())
+			if err != nil {
+				return 0, err
+			}
+			return unix.Dup(fd)
+		}
+	}
+	return 0, os.ErrNotExist
 }
