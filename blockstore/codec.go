@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"runtime"
 
-	"github.com/klauspost/compress"
 	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
 )
@@ -22,13 +21,11 @@ const (
 )
 
 const (
-	// probeSize is how much of a chunk the probe for compressibility looks at.
-	probeSize = 4 << 10
 	// A chunk is stored compressed if that saves at least 1/minSaving of it.
 	minSaving = 32
 	// One compressed chunk in checkEvery, chosen by its id, is decoded again and compared before
 	// it is stored. Encoders have produced corrupt output before; decoding every
-	// chunk costs a third of the time that compressing takes.
+	// chunk costs a quarter of the time that compressing takes.
 	checkEvery = 16
 )
 
@@ -68,9 +65,6 @@ func (c *coder) compress(dst []byte, id ID, kind recordType, data []byte) ([]byt
 	if kind == nodeRecord {
 		out = s2.Encode(dst[:cap(dst)], data)
 	} else {
-		if !worthTrying(data) {
-			return data, codecNone, nil
-		}
 		how = codecZstd
 		out = c.enc.EncodeAll(data, dst[:0])
 	}
@@ -84,20 +78,6 @@ func (c *coder) compress(dst []byte, id ID, kind recordType, data []byte) ([]byt
 		}
 	}
 	return out, how, nil
-}
-
-// worthTrying is the cheap probe: it looks at a few pieces spread over a chunk.
-func worthTrying(data []byte) bool {
-	if len(data) <= probeSize {
-		return true
-	}
-	const pieces = 4
-	var sample [probeSize]byte
-	step := (len(data) - probeSize/pieces) / (pieces - 1)
-	for i := range pieces {
-		copy(sample[i*probeSize/pieces:(i+1)*probeSize/pieces], data[i*step:])
-	}
-	return compress.Estimate(sample[:]) > 0.01
 }
 
 // expand decodes a payload into exactly raw plain bytes, in dst's memory if it is

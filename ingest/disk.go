@@ -215,11 +215,14 @@ type leafRun struct {
 
 // leaf hands out the reads of a leaf, length bytes of the disk.
 func (d *diskRun) leaf(ctx context.Context, g *errgroup.Group, plan *leafPlan, length int64) error {
-	l := &leafRun{index: plan.index}
 	start := plan.index * d.repo.LeafSpan()
 	chunks := int((length + d.chunk - 1) / d.chunk)
-	var err error
-	l.base, err = d.repo.Leaf(d.base, plan.index)
+	base, err := d.repo.Leaf(d.base, plan.index)
+	if base == nil && err == nil && !slices.Contains(plan.chunks[:chunks], fetch) {
+		d.report.done(length) // zeros, as before
+		return nil
+	}
+	l := &leafRun{index: plan.index, base: base}
 	switch {
 	case errors.Is(err, blockstore.ErrDamaged):
 		l.unknown = true
@@ -313,7 +316,7 @@ func (d *diskRun) finished(l *leafRun) error {
 		return nil
 	}
 	var changed, nonZero, wasNonZero int64
-	for i, id := range l.children {
+	for i, id := range &l.children {
 		was := l.baseChild(i)
 		if id != was {
 			start := (l.index*blockstore.Fanout + int64(i)) * d.chunk
