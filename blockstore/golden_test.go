@@ -3,6 +3,7 @@ package blockstore
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"flag"
 	"os"
 	"path/filepath"
@@ -175,7 +176,13 @@ func TestGoldenIndexAndConfig(t *testing.T) {
 		t.Errorf("summary: got %+v, %v, want %+v", back, err, sum)
 	}
 	c := config{Format: 1, ID: strings.Repeat("ab", 16), ChunkSize: 65536, Hash: hashName, Created: time.Date(2026, 11, 22, 1, 2, 3, 0, time.UTC)}
-	golden(t, "config-mac", fixedKeys().authenticate(contextConfig, c.authenticated()))
+	c.MAC = fixedKeys().authenticate(contextConfig, c.authenticated())
+	c.Keys = []wrappedKey{{Kind: "passphrase", Age: []byte("an age file")}}
+	data, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "config", data)
 }
 
 func TestKeyWrapping(t *testing.T) {
