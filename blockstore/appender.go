@@ -265,7 +265,7 @@ func encodeTail(entries []tocEntry, off int64) []byte {
 func summarize(generation uint64, entries []tocEntry, size int64) summary {
 	s := summary{Generation: generation, Size: size, Records: uint32(len(entries))}
 	for _, e := range entries {
-		if e.Type == chunkRecord {
+		if e.Type == chunkRecord && !e.ID.IsNull() {
 			s.Chunks++
 			s.ChunkBytes += int64(e.Raw)
 		}

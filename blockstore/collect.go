@@ -168,7 +168,7 @@ func (r *Repository) locate(id ID) (location, bool, error) {
 	if err != nil || ok && r.segments.holds(loc) {
 		return loc, ok, err
 	}
-	if _, err := r.reindexOnce(); err != nil {
+	if err := r.reindexOnce(); err != nil {
 		return location{}, false, err
 	}
 	loc, ok, err = r.find(id)

@@ -135,7 +135,7 @@ func (r *Repository) configure(data []byte, o Options) error {
 	if err != nil || len(id) != 16 {
 		return fmt.Errorf("id %q is not 32 hexadecimal digits", c.ID)
 	}
-	r.id, r.chunkSize, r.created = c.ID, c.ChunkSize, c.Created
+	r.chunkSize = c.ChunkSize
 	if len(c.Keys) == 0 && (o.Passphrase != "" || len(o.Identities) > 0) {
 		return errors.New("a key was given, but the file says that nothing is encrypted: give none if that is so, or bring the right file back")
 	}

@@ -3,6 +3,7 @@ package blockstore
 import (
 	"bytes"
 	"context"
+	"crypto/cipher"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func (r *Repository) loadSegments() error {
 			r.segments.add(seg)
 			continue
 		}
-		entries, err := r.listSealed(seg.path)
+		entries, err := r.listSealed(seg)
 		if err != nil {
 			// The points that need it fail when they are read; others don't.
 			r.log.Error("segment cannot be read", attrSegment(seg), attrErr(err))
@@ -81,7 +82,10 @@ func (r *Repository) recoverSegment(seg *segment) error {
 	if _, err := readSegmentHeader(f); err != nil {
 		r.log.Error("the header of a segment is damaged; its records are read without it", attrSegment(seg), attrErr(err))
 	}
-	entries := scanRecords(f, size)
+	entries, err := r.scan(f, seg.number, seg.generation, size)
+	if err != nil {
+		return err
+	}
 	for len(entries) > 0 && entries[len(entries)-1].ID.IsNull() {
 		entries = entries[:len(entries)-1]
 	}
@@ -114,8 +118,8 @@ func (r *Repository) recoverSegment(seg *segment) error {
 }
 
 // listSealed returns the records of a sealed segment that the index does not know.
-func (r *Repository) listSealed(path string) ([]tocEntry, error) {
-	f, err := r.fs.Open(path)
+func (r *Repository) listSealed(seg *segment) ([]tocEntry, error) {
+	f, err := r.fs.Open(seg.path)
 	if err != nil {
 		return nil, err
 	}
@@ -126,8 +130,8 @@ func (r *Repository) listSealed(path string) ([]tocEntry, error) {
 	}
 	entries, err := readEntries(f, size)
 	if err != nil {
-		r.log.Error("a segment's table of contents is damaged; its records are read instead", attrPath(path), attrErr(err))
-		entries = scanRecords(f, size)
+		r.log.Error("a segment's table of contents is damaged; its records are read instead", attrSegment(seg), attrErr(err))
+		return r.scan(f, seg.number, seg.generation, size)
 	}
 	return entries, nil
 }
@@ -173,12 +177,15 @@ func readEntries(f durable.File, size int64) ([]tocEntry, error) {
 
 // scanRecords finds the whole records of a segment without its table of contents. What
 // lies between them becomes entries with the null id, which nobody looks for:
-// another segment may have the chunk that was there.
-func scanRecords(f durable.File, size int64) []tocEntry {
+// another segment may have the chunk that was there. Behind such a gap a record may lie
+// within the payload of another, written by a guest: there it counts only if
+// genuine says so.
+func scanRecords(f durable.File, size int64, genuine func(record []byte, off int64) bool) []tocEntry {
 	var entries []tocEntry
+	trusted := func([]byte, int64) bool { return true }
 	record := make([]byte, recordHeaderSize+maxPayload)
 	for off := int64(segmentHeaderSize); off < size && len(entries) < maxRecords; {
-		h, err := readRecord(f, off, size, record)
+		h, err := readRecord(f, off, size, record, trusted)
 		if err == nil && h.Type == tocRecord {
 			break
 		}
@@ -188,7 +195,8 @@ func scanRecords(f durable.File, size int64) []tocEntry {
 			off += e.size()
 			continue
 		}
-		next := nextRecord(f, off+recordHeaderSize, size, record)
+		trusted = genuine
+		next := nextRecord(f, off+recordHeaderSize, size, record, genuine)
 		if next-off < recordHeaderSize {
 			break
 		}
@@ -206,8 +214,34 @@ func gap(off, stored int64) tocEntry {
 	return tocEntry{Off: uint32(off), Stored: uint32(stored), Type: chunkRecord}
 }
 
-// readRecord reads and checks the record at off. buf has room for any.
-func readRecord(f durable.File, off, size int64, buf []byte) (recordHeader, error) {
+// genuine reports whether a record's content has the hash that it says; a table of contents
+// is passed over.
+func (r *Repository) genuine(aead cipher.AEAD) func(record []byte, off int64) bool {
+	return func(record []byte, off int64) bool {
+		h, err := decodeRecordHeader(record)
+		if err != nil || h.Type == tocRecord {
+			return false
+		}
+		_, payload, err := openRecord(aead, record, h.ID, off)
+		if err != nil {
+			return false
+		}
+		data, err := r.coder.expand(nil, payload, h.Codec, int(h.Raw))
+		return err == nil && r.hash(h.Type, data) == h.ID
+	}
+}
+
+// scan is scanRecords for a segment of this repository.
+func (r *Repository) scan(f durable.File, number, generation uint64, size int64) ([]tocEntry, error) {
+	aead, err := r.segments.cipherOf(number, generation)
+	if err != nil {
+		return nil, err
+	}
+	return scanRecords(f, size, r.genuine(aead)), nil
+}
+
+// readRecord reads the record at off, checks it, and asks accept. buf has room for any.
+func readRecord(f durable.File, off, size int64, buf []byte, accept func(record []byte, off int64) bool) (recordHeader, error) {
 	if n, err := f.ReadAt(buf[:recordHeaderSize], off); n < recordHeaderSize {
 		return recordHeader{}, noEOF(err)
 	}
@@ -226,11 +260,14 @@ func readRecord(f durable.File, off, size int64, buf []byte) (recordHeader, erro
 	if n, err := f.ReadAt(buf[recordHeaderSize:], off+recordHeaderSize); n < len(buf)-recordHeaderSize {
 		return h, noEOF(err)
 	}
-	return checkRecord(buf)
+	if h, err = checkRecord(buf); err == nil && !accept(buf, off) {
+		err = errTorn
+	}
+	return h, err
 }
 
 // nextRecord returns the offset, from on, of the next whole record; size if there is none.
-func nextRecord(f durable.File, from, size int64, buf []byte) int64 {
+func nextRecord(f durable.File, from, size int64, buf []byte, accept func(record []byte, off int64) bool) int64 {
 	magic := binary.LittleEndian.AppendUint32(nil, recordMagic)
 	window := make([]byte, 1<<20)
 	for from < size {
@@ -241,7 +278,7 @@ func nextRecord(f durable.File, from, size int64, buf []byte) int64 {
 				break
 			}
 			at += i
-			if _, err := readRecord(f, from+int64(at), size, buf); err == nil {
+			if _, err := readRecord(f, from+int64(at), size, buf, accept); err == nil {
 				return from + int64(at)
 			}
 		}
@@ -260,22 +297,21 @@ func recordsEnd(entries []tocEntry) int64 {
 	return int64(last.Off) + last.size()
 }
 
-// reindexOnce enters all segments again, once while the repository is open. It
-// reports whether it did so now.
-func (r *Repository) reindexOnce() (bool, error) {
+// reindexOnce enters all segments again, once while the repository is open.
+func (r *Repository) reindexOnce() error {
 	r.reindexing.Lock()
 	defer r.reindexing.Unlock()
 	if r.reindexed {
-		return false, nil
+		return nil
 	}
 	r.log.Warn("the index lacks a chunk that a restore point needs; entering all segments again")
 	for _, seg := range r.segments.sealedSegments() {
 		if err := r.enterMissing(seg); err != nil {
-			return false, err
+			return err
 		}
 	}
 	r.reindexed = true
-	return true, nil
+	return nil
 }
 
 // enterMissing enters those records of a sealed segment for whose chunks the index

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"filippo.io/age"
 
@@ -76,8 +75,6 @@ type Repository struct {
 	log         *slog.Logger
 	chunkSize   int
 	segmentSize int64
-	created     time.Time
-	id          string
 
 	keys     *keys // nil if not encrypted
 	chunkIDs *hasher
@@ -253,7 +250,7 @@ func (r *Repository) loadRetrying(id ID, kind recordType, dst []byte, check bool
 	}
 	// The index holds no entry that counts. After a loss of power it may lack
 	// some: the segments know.
-	if _, err := r.reindexOnce(); err != nil {
+	if err := r.reindexOnce(); err != nil {
 		return err
 	}
 	err := r.loadOnce(id, kind, dst, check)

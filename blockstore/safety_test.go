@@ -3,6 +3,7 @@ package blockstore
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -312,4 +313,52 @@ func TestTwoVerifications(t *testing.T) {
 		wg.Go(func() { checkSound(t, r) })
 	}
 	wg.Wait()
+}
+
+// A guest writes into its disk what looks like a record of somebody else's chunk. When the
+// record around it is damaged and the segment is searched for whole ones, it does not count.
+func TestForgedRecord(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{SegmentSize: 16 << 20})
+	victim := r.ID(chunkOf(7))
+	rng := rand.New(rand.NewPCG(11, 12))
+	chunk := make([]byte, testChunk)
+	for i := range chunk {
+		chunk[i] = byte(rng.Uint32()) // stored as it is
+	}
+	lie := make([]byte, 8000)
+	for i := range lie {
+		lie[i] = byte(rng.Uint32())
+	}
+	forged := appendRecord(nil, nil, recordHeader{Type: chunkRecord, Codec: codecNone, Raw: uint32(len(lie)), Stored: uint32(len(lie)), ID: victim}, lie, 0)
+	copy(chunk[1000:], forged)
+	s := r.Begin()
+	id := r.ID(chunk)
+	if _, err := s.Put(id, chunk); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store(t, s, content{1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.appender.flush(); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	loc, ok, err := r.find(id)
+	if err != nil || !ok || int(loc.Stored) != testChunk {
+		t.Fatalf("the chunk is not stored as it is: %+v, %v, %v", loc, ok, err)
+	}
+	crashed := crash(t, dir)
+	flip(t, segmentFiles(t, crashed, openSuffix)[0], int64(loc.Off))
+	if err := os.RemoveAll(filepath.Join(crashed, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	r = open(t, crashed, Options{})
+	if loc, ok, err := r.find(victim); err != nil || ok {
+		t.Errorf("the forged record counts: %+v, %v", loc, err)
+	}
+	if _, ok, err := r.find(r.ID(chunkOf(1))); err != nil || !ok {
+		t.Errorf("the whole record behind the damaged one does not count: %v", err)
+	}
 }
