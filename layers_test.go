@@ -17,18 +17,19 @@ const module = "github.com/holdfast-backup/holdfast"
 // belongs to the longest entry that is a prefix of its path, and may import
 // whatever lies in its own part. Dependencies of others are not looked at.
 var layers = map[string][]string{
-	"image":            {},
-	"systemd":          {},
-	"internal/durable": {},
-	"internal/faultfs": {"internal/durable"},
-	"blockstore":       {"image", "internal/durable"},
-	"nbdserver":        {"image"},
-	"fusefs":           {"image"},
-	"hypervisor":       {"image", "nbdserver"},
-	"ingest":           {"image", "blockstore"},
+	"image":             {},
+	"systemd":           {},
+	"internal/durable":  {},
+	"internal/faultfs":  {"internal/durable"},
+	"blockstore":        {"image", "internal/durable"},
+	"nbdserver":         {"image"},
+	"nbdserver/overlay": {"image", "internal/durable"},
+	"fusefs":            {"image"},
+	"hypervisor":        {"image", "nbdserver"},
+	"ingest":            {"image", "blockstore"},
 	"appliance": {
 		"image", "systemd", "internal/durable",
-		"blockstore", "nbdserver", "fusefs", "hypervisor", "ingest",
+		"blockstore", "nbdserver", "nbdserver/overlay", "fusefs", "hypervisor", "ingest",
 	},
 	"cmd/holdfast": {"appliance", "systemd"},
 	"e2e":          {},
@@ -36,9 +37,10 @@ var layers = map[string][]string{
 
 // testLayers are imports that only the tests of a part may add.
 var testLayers = map[string][]string{
-	"blockstore": {"internal/faultfs"},
-	"ingest":     {"internal/faultfs"},
-	"appliance":  {"internal/faultfs"},
+	"blockstore":        {"internal/faultfs"},
+	"nbdserver/overlay": {"internal/faultfs"},
+	"ingest":            {"internal/faultfs"},
+	"appliance":         {"internal/faultfs"},
 }
 
 // goPackage is what the test reads of `go list -json`.

@@ -56,6 +56,30 @@ type Disk interface {
 	Extents(ctx context.Context, off, length int64) iter.Seq2[Extent, error]
 }
 
+// Writer is a disk that can be changed. Its methods may be called from many
+// goroutines at once. Ranges must lie inside the disk. What calls that overlap
+// and run at the same time leave in the overlap is undefined; bytes beside it are
+// not touched.
+//
+// A write that finds no room fails with [syscall.ENOSPC] and leaves the disk
+// usable.
+type Writer interface {
+	Disk
+	io.WriterAt
+
+	// Zero makes [off, off+length) read as zeros. It takes no room but for the
+	// map, and is quicker than writing zeros.
+	Zero(off, length int64) error
+
+	// Trim says that the content of [off, off+length) does not matter any more.
+	// Afterwards a byte of it reads as it was or as zero.
+	Trim(off, length int64) error
+
+	// Sync makes durable what every call that returned before it began has
+	// changed.
+	Sync() error
+}
+
 // Extent is the half-open byte range [Off, Off+Len) of a disk that is data, or
 // reads as zeros.
 type Extent struct {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
 const (
@@ -22,72 +23,76 @@ const (
 	smallRead = 16 << 10
 	// minHole is the shortest hole inside a read that gets a chunk of its own.
 	minHole = 4 << 10
+	// dataChunkLen and holeChunkLen are the lengths in bytes of what surrounds
+	// the data of a chunk, and of a whole chunk for a hole.
+	dataChunkLen = wire.ChunkLen + 8
+	holeChunkLen = wire.ChunkLen + 12
 	// cacheStep is how much of the disk a CACHE command reads at a time.
 	cacheStep = 1 << 20
 )
 
 // problem is why a request fails: what the client is told.
 type problem struct {
-	errno   errno
+	errno   wire.Errno
 	message string
 }
 
 var (
-	problemReadOnly = &problem{errPerm, "the export is read-only"}
-	problemPastEnd  = &problem{errInval, "the request reaches past the end of the export"}
-	problemFlags    = &problem{errInval, "a command flag is unknown or does not apply"}
-	problemCommand  = &problem{errInval, "unknown command"}
-	problemFlush    = &problem{errInval, "a flush has no offset and no length"}
-	problemContext  = &problem{errInval, "no metadata context was negotiated"}
-	problemNoLength = &problem{errInval, "the request has no length"}
-	problemDisk     = &problem{errIO, "the disk could not be read"}
+	problemReadOnly = &problem{wire.EPERM, "the export is read-only"}
+	problemPastEnd  = &problem{wire.EINVAL, "the request reaches past the end of the export"}
+	problemFlags    = &problem{wire.EINVAL, "a command flag is unknown or does not apply"}
+	problemCommand  = &problem{wire.EINVAL, "unknown command"}
+	problemFlush    = &problem{wire.EINVAL, "a flush has no offset and no length"}
+	problemContext  = &problem{wire.EINVAL, "no metadata context was negotiated"}
+	problemNoLength = &problem{wire.EINVAL, "the request has no length"}
+	problemDisk     = &problem{wire.EIO, "the disk could not be read"}
 )
 
 // replySize returns how many bytes of memory the reply to r may take at most,
 // beyond requestCost.
-func (c *conn) replySize(r request) int64 {
+func (c *conn) replySize(r wire.Request) int64 {
 	if c.check(r) != nil {
 		return 0
 	}
-	switch r.command {
-	case cmdRead:
-		return int64(r.length)
-	case cmdCache:
-		return min(int64(r.length), cacheStep)
-	case cmdBlockStatus:
-		return 4 * descriptorLen * min(int64(r.length), maxDescriptors) // the extents and their encoding
+	switch r.Command {
+	case wire.CmdRead:
+		return int64(r.Length)
+	case wire.CmdCache:
+		return min(int64(r.Length), cacheStep)
+	case wire.CmdBlockStatus:
+		return 4 * wire.DescriptorLen * min(int64(r.Length), maxDescriptors) // the extents and their encoding
 	}
 	return 0
 }
 
 // check returns why r must fail without a look at the disk, or nil.
-func (c *conn) check(r request) *problem {
+func (c *conn) check(r wire.Request) *problem {
 	allowed := uint16(0)
-	switch r.command {
-	case cmdRead:
+	switch r.Command {
+	case wire.CmdRead:
 		if c.structured {
-			allowed = cmdFlagDF
+			allowed = wire.CmdFlagDF
 		}
-	case cmdBlockStatus:
-		allowed = cmdFlagReqOne
-	case cmdCache, cmdFlush:
-	case cmdWrite, cmdTrim, cmdWriteZeroes:
+	case wire.CmdBlockStatus:
+		allowed = wire.CmdFlagReqOne
+	case wire.CmdCache, wire.CmdFlush:
+	case wire.CmdWrite, wire.CmdTrim, wire.CmdWriteZeroes:
 		return problemReadOnly
 	default:
 		return problemCommand
 	}
 	switch {
-	case r.flags&^allowed != 0:
+	case r.Flags&^allowed != 0:
 		return problemFlags
-	case r.command == cmdFlush && (r.offset != 0 || r.length != 0):
+	case r.Command == wire.CmdFlush && (r.Offset != 0 || r.Length != 0):
 		return problemFlush
-	case !r.inside(c.export.size):
+	case !r.Inside(c.export.size):
 		return problemPastEnd
-	case r.command == cmdBlockStatus && !c.allocation:
+	case r.Command == wire.CmdBlockStatus && !c.allocation:
 		return problemContext
-	case r.command == cmdBlockStatus && r.length == 0:
+	case r.Command == wire.CmdBlockStatus && r.Length == 0:
 		return problemNoLength
-	case r.command != cmdBlockStatus && r.length > maxPayload:
+	case r.Command != wire.CmdBlockStatus && r.Length > wire.MaxPayload:
 		return c.tooLong()
 	}
 	return nil
@@ -96,26 +101,26 @@ func (c *conn) check(r request) *problem {
 // tooLong is the answer to a READ or CACHE beyond the maximum payload. Clients without structured
 // replies do not expect EOVERFLOW.
 func (c *conn) tooLong() *problem {
-	p := &problem{errInval, fmt.Sprintf("the request is longer than %d bytes", maxPayload)}
+	p := &problem{wire.EINVAL, fmt.Sprintf("the request is longer than %d bytes", wire.MaxPayload)}
 	if c.structured {
-		p.errno = errOverflow
+		p.errno = wire.EOVERFLOW
 	}
 	return p
 }
 
 // execute carries out a request and returns the whole reply.
-func (c *conn) execute(ctx context.Context, r request) *buffer {
+func (c *conn) execute(ctx context.Context, r wire.Request) *buffer {
 	if p := c.check(r); p != nil {
 		return c.failure(r, p)
 	}
 	var b *buffer
 	var err error
 	switch {
-	case r.command == cmdRead && r.length > 0:
+	case r.Command == wire.CmdRead && r.Length > 0:
 		b, err = c.read(ctx, r)
-	case r.command == cmdBlockStatus:
+	case r.Command == wire.CmdBlockStatus:
 		b, err = c.blockStatus(ctx, r)
-	case r.command == cmdCache:
+	case r.Command == wire.CmdCache:
 		b, err = c.cache(r)
 	default:
 		b = c.success(r)
@@ -124,20 +129,20 @@ func (c *conn) execute(ctx context.Context, r request) *buffer {
 		return c.failure(r, problemDisk) // nobody is there to receive it
 	}
 	if err != nil {
-		c.log.ErrorContext(ctx, "cannot read an export's disk", slog.Uint64("offset", r.offset),
-			slog.Uint64("length", uint64(r.length)), slog.Any("error", err))
+		c.log.ErrorContext(ctx, "cannot read an export's disk", slog.Uint64("offset", r.Offset),
+			slog.Uint64("length", uint64(r.Length)), slog.Any("error", err))
 		return c.failure(r, problemDisk)
 	}
 	return b
 }
 
 // success is the reply to a request that has nothing to say.
-func (c *conn) success(r request) *buffer {
-	b := newBuffer(chunkLen)
+func (c *conn) success(r wire.Request) *buffer {
+	b := newBuffer(wire.ChunkLen)
 	if c.structured {
-		b.b = appendChunk(b.b, chunkFlagDone, chunkNone, r.cookie, 0)
+		b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkNone, r.Cookie, 0)
 	} else {
-		b.b = appendSimple(b.b, 0, r.cookie)
+		b.b = wire.AppendSimple(b.b, 0, r.Cookie)
 	}
 	return b
 }
@@ -145,13 +150,13 @@ func (c *conn) success(r request) *buffer {
 // failure is an error reply.
 //
 // Source: NBD doc/proto.md, "NBD_REPLY_TYPE_ERROR".
-func (c *conn) failure(r request, p *problem) *buffer {
-	b := newBuffer(chunkLen + 6 + len(p.message))
+func (c *conn) failure(r wire.Request, p *problem) *buffer {
+	b := newBuffer(wire.ChunkLen + 6 + len(p.message))
 	if !c.structured {
-		b.b = appendSimple(b.b, p.errno, r.cookie)
+		b.b = wire.AppendSimple(b.b, p.errno, r.Cookie)
 		return b
 	}
-	b.b = appendChunk(b.b, chunkFlagDone, chunkError, r.cookie, 6+len(p.message))
+	b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkError, r.Cookie, 6+len(p.message))
 	b.b = binary.BigEndian.AppendUint32(b.b, uint32(p.errno))
 	b.b = binary.BigEndian.AppendUint16(b.b, uint16(len(p.message)))
 	b.b = append(b.b, p.message...)
@@ -160,17 +165,17 @@ func (c *conn) failure(r request, p *problem) *buffer {
 
 // read answers NBD_CMD_READ: in one simple reply, in one chunk, or in chunks of
 // data and holes.
-func (c *conn) read(ctx context.Context, r request) (*buffer, error) {
-	whole := image.Extent{Off: int64(r.offset), Len: int64(r.length)}
+func (c *conn) read(ctx context.Context, r wire.Request) (*buffer, error) {
+	whole := image.Extent{Off: int64(r.Offset), Len: int64(r.Length)}
 	switch {
 	case !c.structured:
-		b := newBuffer(simpleLen + int(r.length))
-		b.b = appendSimple(b.b, 0, r.cookie)
+		b := newBuffer(wire.SimpleLen + int(r.Length))
+		b.b = wire.AppendSimple(b.b, 0, r.Cookie)
 		return c.fill(b, whole)
-	case r.flags&cmdFlagDF != 0 || r.length <= smallRead:
+	case r.Flags&wire.CmdFlagDF != 0 || r.Length <= smallRead:
 		b, err := c.readChunks(r, []image.Extent{whole})
-		if err == nil && r.length <= smallRead && image.IsZero(b.b[dataChunkLen:]) {
-			b.b = appendHole(b.b[:0], chunkFlagDone, r.cookie, whole)
+		if err == nil && r.Length <= smallRead && image.IsZero(b.b[dataChunkLen:]) {
+			b.b = appendHole(b.b[:0], wire.ChunkFlagDone, r.Cookie, whole)
 		}
 		return b, err
 	default:
@@ -189,7 +194,7 @@ func (c *conn) fill(b *buffer, e image.Extent) (*buffer, error) {
 }
 
 // readChunks builds a structured reply of one chunk for each run.
-func (c *conn) readChunks(r request, runs []image.Extent) (*buffer, error) {
+func (c *conn) readChunks(r wire.Request, runs []image.Extent) (*buffer, error) {
 	size := 0
 	for _, e := range runs {
 		if e.Zero {
@@ -202,13 +207,13 @@ func (c *conn) readChunks(r request, runs []image.Extent) (*buffer, error) {
 	for i, e := range runs {
 		flags := uint16(0)
 		if i == len(runs)-1 {
-			flags = chunkFlagDone
+			flags = wire.ChunkFlagDone
 		}
 		if e.Zero {
-			b.b = appendHole(b.b, flags, r.cookie, e)
+			b.b = appendHole(b.b, flags, r.Cookie, e)
 			continue
 		}
-		b.b = appendChunk(b.b, flags, chunkOffsetData, r.cookie, 8+int(e.Len))
+		b.b = wire.AppendChunk(b.b, flags, wire.ChunkOffsetData, r.Cookie, 8+int(e.Len))
 		b.b = binary.BigEndian.AppendUint64(b.b, uint64(e.Off))
 		var err error
 		if b, err = c.fill(b, e); err != nil {
@@ -219,7 +224,7 @@ func (c *conn) readChunks(r request, runs []image.Extent) (*buffer, error) {
 }
 
 func appendHole(b []byte, flags uint16, cookie uint64, e image.Extent) []byte {
-	b = appendChunk(b, flags, chunkOffsetHole, cookie, 12)
+	b = wire.AppendChunk(b, flags, wire.ChunkOffsetHole, cookie, 12)
 	b = binary.BigEndian.AppendUint64(b, uint64(e.Off))
 	return binary.BigEndian.AppendUint32(b, uint32(e.Len))
 }
@@ -254,23 +259,23 @@ func (c *conn) runs(ctx context.Context, whole image.Extent) []image.Extent {
 // blockStatus answers NBD_CMD_BLOCK_STATUS with as many extents as fit.
 //
 // Source: NBD doc/proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS".
-func (c *conn) blockStatus(ctx context.Context, r request) (*buffer, error) {
+func (c *conn) blockStatus(ctx context.Context, r wire.Request) (*buffer, error) {
 	limit := maxDescriptors
-	if r.flags&cmdFlagReqOne != 0 {
+	if r.Flags&wire.CmdFlagReqOne != 0 {
 		limit = 1
 	}
 	extents, err := c.extents(ctx, r, limit)
 	if err != nil {
 		return nil, err
 	}
-	payload := 4 + descriptorLen*len(extents)
-	b := newBuffer(chunkLen + payload)
-	b.b = appendChunk(b.b, chunkFlagDone, chunkBlockStatus, r.cookie, payload)
+	payload := 4 + wire.DescriptorLen*len(extents)
+	b := newBuffer(wire.ChunkLen + payload)
+	b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkBlockStatus, r.Cookie, payload)
 	b.b = binary.BigEndian.AppendUint32(b.b, allocationID)
 	for _, e := range extents {
-		state := stateData
+		state := uint32(0)
 		if e.Zero {
-			state = stateHole
+			state = wire.StateHole | wire.StateZero
 		}
 		b.b = binary.BigEndian.AppendUint32(b.b, uint32(e.Len))
 		b.b = binary.BigEndian.AppendUint32(b.b, state)
@@ -284,10 +289,10 @@ var errMap = errors.New("the disk's map has a gap")
 // neighbours merged, and reads no more of the disk's map than that takes. They
 // may end before the request does: clients ask again for the rest, and meet an
 // error of the map then.
-func (c *conn) extents(ctx context.Context, r request, limit int) ([]image.Extent, error) {
+func (c *conn) extents(ctx context.Context, r wire.Request, limit int) ([]image.Extent, error) {
 	var found []image.Extent
-	pos, pieces := int64(r.offset), 0
-	for e, err := range c.export.Disk.Extents(ctx, pos, int64(r.length)) {
+	pos, pieces := int64(r.Offset), 0
+	for e, err := range c.export.Disk.Extents(ctx, pos, int64(r.Length)) {
 		if err == nil && e.Off != pos {
 			err = errMap
 		}
@@ -297,7 +302,7 @@ func (c *conn) extents(ctx context.Context, r request, limit int) ([]image.Exten
 		if err != nil {
 			return found, nil
 		}
-		e.Len = min(e.Len, r.end()-pos)
+		e.Len = min(e.Len, r.End()-pos)
 		switch n := len(found); {
 		case n > 0 && found[n-1].Zero == e.Zero:
 			found[n-1].Len += e.Len
@@ -307,7 +312,7 @@ func (c *conn) extents(ctx context.Context, r request, limit int) ([]image.Exten
 			found = append(found, e)
 		}
 		pos = e.End()
-		if pieces++; pieces == maxPieces || pos == r.end() {
+		if pieces++; pieces == maxPieces || pos == r.End() {
 			break
 		}
 	}
@@ -319,11 +324,11 @@ func (c *conn) extents(ctx context.Context, r request, limit int) ([]image.Exten
 
 // cache answers NBD_CMD_CACHE by reading the range, which warms the caches
 // below.
-func (c *conn) cache(r request) (*buffer, error) {
-	b := newBuffer(int(min(r.length, cacheStep)))
-	for pos := int64(r.offset); pos < r.end(); pos += cacheStep {
+func (c *conn) cache(r wire.Request) (*buffer, error) {
+	b := newBuffer(int(min(r.Length, cacheStep)))
+	for pos := int64(r.Offset); pos < r.End(); pos += cacheStep {
 		b.b = b.b[:0]
-		if _, err := c.fill(b, image.Extent{Off: pos, Len: min(cacheStep, r.end()-pos)}); err != nil {
+		if _, err := c.fill(b, image.Extent{Off: pos, Len: min(cacheStep, r.End()-pos)}); err != nil {
 			return nil, err
 		}
 	}

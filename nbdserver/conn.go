@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
 // requestCost is what a request weighs in the budget besides its payload. It
@@ -47,7 +49,7 @@ type conn struct {
 
 // job is a request with the bytes of the budget that it holds.
 type job struct {
-	request
+	wire.Request
 	cost int64
 }
 
@@ -121,15 +123,15 @@ func (c *conn) receive(reading, working context.Context) error {
 		if err != nil {
 			return ignoreEOF(err)
 		}
-		switch r.command {
-		case cmdDisc:
+		switch r.Command {
+		case wire.CmdDisc:
 			return nil
-		case cmdWrite:
+		case wire.CmdWrite:
 			flush()
-			if r.length > maxPayload {
-				return fmt.Errorf("%w: a write of %d bytes", errProtocol, r.length)
+			if r.Length > wire.MaxPayload {
+				return fmt.Errorf("%w: a write of %d bytes", wire.ErrProtocol, r.Length)
 			}
-			if _, err := c.in.Discard(int(r.length)); err != nil {
+			if _, err := c.in.Discard(int(r.Length)); err != nil {
 				return err
 			}
 		}
@@ -147,7 +149,7 @@ func (c *conn) receive(reading, working context.Context) error {
 			}
 			continue
 		}
-		more := c.in.Buffered() >= requestLen
+		more := c.in.Buffered() >= wire.RequestLen
 		turn := c.relief.begin()
 		c.out.add(c.perform(working, j))
 		held = true
@@ -191,7 +193,7 @@ func (c *conn) work(ctx context.Context) {
 // perform executes a job and notes whether the disk was quick.
 func (c *conn) perform(ctx context.Context, j job) *buffer {
 	began := time.Now()
-	b := c.execute(ctx, j.request)
+	b := c.execute(ctx, j.Request)
 	b.cost = j.cost
 	if time.Since(began) > quickly {
 		c.quick.Store(0)
@@ -206,4 +208,19 @@ func ignoreEOF(err error) error {
 		return nil
 	}
 	return err
+}
+
+// readRequest reads one request header. It returns io.EOF when the client hung
+// up between requests.
+func readRequest(in *bufio.Reader) (wire.Request, error) {
+	p, err := in.Peek(wire.RequestLen)
+	if err != nil {
+		return wire.Request{}, err
+	}
+	r, err := wire.DecodeRequest(p, false)
+	if err != nil {
+		return wire.Request{}, err
+	}
+	_, err = in.Discard(wire.RequestLen)
+	return r, err
 }

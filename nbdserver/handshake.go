@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
 // Limits of the handshake.
@@ -66,12 +68,12 @@ func (n *negotiation) run() (*choice, error) {
 		}
 		var chosen *choice
 		switch option {
-		case optExportName:
+		case wire.OptExportName:
 			chosen, err = n.exportName(string(data))
-		case optGo:
+		case wire.OptGo:
 			chosen, err = n.enter(data)
-		case optAbort:
-			n.reply(option, repAck, nil)
+		case wire.OptAbort:
+			n.reply(option, wire.RepAck, nil)
 			return nil, n.out.Flush()
 		default:
 			n.answer(option, data)
@@ -92,13 +94,13 @@ func (n *negotiation) run() (*choice, error) {
 			return chosen, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: more than %d options", errProtocol, maxOptions)
+	return nil, fmt.Errorf("%w: more than %d options", wire.ErrProtocol, maxOptions)
 }
 
 func (n *negotiation) greet() error {
-	b := binary.BigEndian.AppendUint64(nil, magicServer)
-	b = binary.BigEndian.AppendUint64(b, magicOption)
-	b = binary.BigEndian.AppendUint16(b, flagFixedNewstyle|flagNoZeroes)
+	b := binary.BigEndian.AppendUint64(nil, wire.MagicServer)
+	b = binary.BigEndian.AppendUint64(b, wire.MagicOption)
+	b = binary.BigEndian.AppendUint16(b, wire.FlagFixedNewstyle|wire.FlagNoZeroes)
 	if _, err := n.conn.Write(b); err != nil {
 		return err
 	}
@@ -107,10 +109,10 @@ func (n *negotiation) greet() error {
 		return err
 	}
 	flags := binary.BigEndian.Uint32(p[:])
-	if flags&^(flagFixedNewstyle|flagNoZeroes) != 0 {
-		return fmt.Errorf("%w: client flags %#x", errProtocol, flags)
+	if flags&^(wire.FlagFixedNewstyle|wire.FlagNoZeroes) != 0 {
+		return fmt.Errorf("%w: client flags %#x", wire.ErrProtocol, flags)
 	}
-	n.noZeroes = flags&flagNoZeroes != 0
+	n.noZeroes = flags&wire.FlagNoZeroes != 0
 	return nil
 }
 
@@ -119,12 +121,12 @@ func (n *negotiation) readOption() (option uint32, data []byte, err error) {
 	if _, err := io.ReadFull(n.in, p[:]); err != nil {
 		return 0, nil, err
 	}
-	if magic := binary.BigEndian.Uint64(p[:]); magic != magicOption {
-		return 0, nil, fmt.Errorf("%w: option magic %#x", errProtocol, magic)
+	if magic := binary.BigEndian.Uint64(p[:]); magic != wire.MagicOption {
+		return 0, nil, fmt.Errorf("%w: option magic %#x", wire.ErrProtocol, magic)
 	}
 	option, length := binary.BigEndian.Uint32(p[8:]), binary.BigEndian.Uint32(p[12:])
 	if length > maxOptionData {
-		return 0, nil, fmt.Errorf("%w: option %d with %d bytes", errProtocol, option, length)
+		return 0, nil, fmt.Errorf("%w: option %d with %d bytes", wire.ErrProtocol, option, length)
 	}
 	data = make([]byte, length)
 	_, err = io.ReadFull(n.in, data)
@@ -134,7 +136,7 @@ func (n *negotiation) readOption() (option uint32, data []byte, err error) {
 // reply queues a reply to an option. Errors surface when out is flushed.
 func (n *negotiation) reply(option, kind uint32, payload []byte) {
 	var p [20]byte
-	binary.BigEndian.PutUint64(p[:], magicOptReply)
+	binary.BigEndian.PutUint64(p[:], wire.MagicOptionReply)
 	binary.BigEndian.PutUint32(p[8:], option)
 	binary.BigEndian.PutUint32(p[12:], kind)
 	binary.BigEndian.PutUint32(p[16:], uint32(len(payload)))
@@ -150,47 +152,47 @@ func (n *negotiation) fail(option, kind uint32, message string) {
 // answer handles the options that neither end nor fail the handshake.
 func (n *negotiation) answer(option uint32, data []byte) {
 	switch option {
-	case optList:
+	case wire.OptList:
 		n.list(data)
-	case optInfo:
+	case wire.OptInfo:
 		if name, infos, ok := parseInfo(data); !ok {
-			n.fail(option, repErrInvalid, "malformed request")
+			n.fail(option, wire.RepErrInvalid, "malformed request")
 		} else {
 			n.describe(option, n.server.find(name), infos)
 		}
-	case optStructuredReply:
+	case wire.OptStructuredReply:
 		if len(data) > 0 {
-			n.fail(option, repErrInvalid, "this option has no data")
+			n.fail(option, wire.RepErrInvalid, "this option has no data")
 			return
 		}
 		n.structured = true
-		n.reply(option, repAck, nil)
-	case optListMetaContext, optSetMetaContext:
+		n.reply(option, wire.RepAck, nil)
+	case wire.OptListMetaContext, wire.OptSetMetaContext:
 		n.metaContext(option, data)
 	default:
-		n.fail(option, repErrUnsup, "unknown option")
+		n.fail(option, wire.RepErrUnsup, "unknown option")
 	}
 }
 
 func (n *negotiation) list(data []byte) {
 	if len(data) > 0 {
-		n.fail(optList, repErrInvalid, "this option has no data")
+		n.fail(wire.OptList, wire.RepErrInvalid, "this option has no data")
 		return
 	}
 	for _, x := range n.server.list() {
 		b := binary.BigEndian.AppendUint32(nil, uint32(len(x.Name)))
 		b = append(append(b, x.Name...), x.Description...)
-		n.reply(optList, repServer, b)
+		n.reply(wire.OptList, wire.RepServer, b)
 	}
-	n.reply(optList, repAck, nil)
+	n.reply(wire.OptList, wire.RepAck, nil)
 }
 
 // transmissionFlags are the truth about a read-only export: there is nothing to
 // flush, so a flush is done at once, on all connections.
 func (n *negotiation) transmissionFlags() uint16 {
-	flags := flagHasFlags | flagReadOnly | flagSendFlush | flagCanMultiConn | flagSendCache
+	flags := wire.FlagHasFlags | wire.FlagReadOnly | wire.FlagSendFlush | wire.FlagCanMultiConn | wire.FlagSendCache
 	if n.structured {
-		flags |= flagSendDF
+		flags |= wire.FlagSendDF
 	}
 	return flags
 }
@@ -216,11 +218,11 @@ func (n *negotiation) exportName(name string) (*choice, error) {
 func (n *negotiation) enter(data []byte) (*choice, error) {
 	name, infos, ok := parseInfo(data)
 	if !ok {
-		n.fail(optGo, repErrInvalid, "malformed request")
+		n.fail(wire.OptGo, wire.RepErrInvalid, "malformed request")
 		return nil, nil
 	}
 	x := n.server.attach(name)
-	n.describe(optGo, x, infos)
+	n.describe(wire.OptGo, x, infos)
 	if x == nil {
 		return nil, nil
 	}
@@ -233,15 +235,15 @@ func (n *negotiation) choose(x *export) *choice {
 
 // parseInfo reads the data of NBD_OPT_INFO and NBD_OPT_GO.
 func parseInfo(data []byte) (name string, infos []uint16, ok bool) {
-	d := decoder{p: data}
-	name = d.string()
-	for range d.uint16() {
-		if d.bad {
+	d := wire.Decoder{P: data}
+	name = d.String()
+	for range d.Uint16() {
+		if d.Bad {
 			break
 		}
-		infos = append(infos, d.uint16())
+		infos = append(infos, d.Uint16())
 	}
-	return name, infos, d.complete()
+	return name, infos, d.Complete()
 }
 
 // describe replies with what a client asked to know about an export; nil is one
@@ -250,59 +252,59 @@ func parseInfo(data []byte) (name string, infos []uint16, ok bool) {
 // Source: NBD doc/proto.md, "NBD_REP_INFO".
 func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
 	if x == nil {
-		n.fail(option, repErrUnknown, "no such export")
+		n.fail(option, wire.RepErrUnknown, "no such export")
 		return
 	}
 	info := func(kind uint16) []byte { return binary.BigEndian.AppendUint16(nil, kind) }
-	b := binary.BigEndian.AppendUint64(info(infoExport), uint64(x.size))
-	n.reply(option, repInfo, binary.BigEndian.AppendUint16(b, n.transmissionFlags()))
-	if slices.Contains(infos, infoName) {
-		n.reply(option, repInfo, append(info(infoName), x.Name...))
+	b := binary.BigEndian.AppendUint64(info(wire.InfoExport), uint64(x.size))
+	n.reply(option, wire.RepInfo, binary.BigEndian.AppendUint16(b, n.transmissionFlags()))
+	if slices.Contains(infos, wire.InfoName) {
+		n.reply(option, wire.RepInfo, append(info(wire.InfoName), x.Name...))
 	}
-	if slices.Contains(infos, infoDescription) && x.Description != "" {
-		n.reply(option, repInfo, append(info(infoDescription), x.Description...))
+	if slices.Contains(infos, wire.InfoDescription) && x.Description != "" {
+		n.reply(option, wire.RepInfo, append(info(wire.InfoDescription), x.Description...))
 	}
-	if slices.Contains(infos, infoBlockSize) {
-		b := binary.BigEndian.AppendUint32(info(infoBlockSize), 1)
+	if slices.Contains(infos, wire.InfoBlockSize) {
+		b := binary.BigEndian.AppendUint32(info(wire.InfoBlockSize), 1)
 		b = binary.BigEndian.AppendUint32(b, uint32(x.BlockSize))
-		n.reply(option, repInfo, binary.BigEndian.AppendUint32(b, maxPayload))
+		n.reply(option, wire.RepInfo, binary.BigEndian.AppendUint32(b, wire.MaxPayload))
 	}
-	n.reply(option, repAck, nil)
+	n.reply(option, wire.RepAck, nil)
 }
 
 // metaContext lists or selects metadata contexts.
 //
 // Source: NBD doc/proto.md, "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT".
 func (n *negotiation) metaContext(option uint32, data []byte) {
-	set := option == optSetMetaContext
+	set := option == wire.OptSetMetaContext
 	if set {
 		n.allocationOf = nil // also when this request fails
 		if !n.structured {
-			n.fail(option, repErrInvalid, "structured replies come first")
+			n.fail(option, wire.RepErrInvalid, "structured replies come first")
 			return
 		}
 	}
-	d := decoder{p: data}
-	name, count := d.string(), d.uint32()
+	d := wire.Decoder{P: data}
+	name, count := d.String(), d.Uint32()
 	if count > maxQueries {
-		n.fail(option, repErrTooBig, "too many queries")
+		n.fail(option, wire.RepErrTooBig, "too many queries")
 		return
 	}
 	found := count == 0 && !set // no query lists everything, and selects nothing
 	for range count {
-		query := d.string()
+		query := d.String()
 		if namespace, _, ok := strings.Cut(query, ":"); !ok || namespace == "" {
-			d.bad = true
+			d.Bad = true
 		}
-		found = found || query == baseAllocation || query == "base:" && !set
+		found = found || query == wire.BaseAllocation || query == "base:" && !set
 	}
-	if !d.complete() {
-		n.fail(option, repErrInvalid, "malformed request")
+	if !d.Complete() {
+		n.fail(option, wire.RepErrInvalid, "malformed request")
 		return
 	}
 	x := n.server.find(name)
 	if x == nil {
-		n.fail(option, repErrUnknown, "no such export")
+		n.fail(option, wire.RepErrUnknown, "no such export")
 		return
 	}
 	if found {
@@ -311,7 +313,7 @@ func (n *negotiation) metaContext(option uint32, data []byte) {
 			id = allocationID
 			n.allocationOf = x
 		}
-		n.reply(option, repMetaContext, append(binary.BigEndian.AppendUint32(nil, id), baseAllocation...))
+		n.reply(option, wire.RepMetaContext, append(binary.BigEndian.AppendUint32(nil, id), wire.BaseAllocation...))
 	}
-	n.reply(option, repAck, nil)
+	n.reply(option, wire.RepAck, nil)
 }

@@ -51,6 +51,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"math/bits"
@@ -62,6 +63,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
 // Errors of Add and Remove.
@@ -120,6 +122,41 @@ type Export struct {
 	// BlockSize is the size in bytes of the requests that the disk answers
 	// best, a power of two from 512 to 32 MiB. 0 means 4096.
 	BlockSize int
+	// ReadOnly refuses writes to a Disk that is an [image.Writer]; any other is
+	// read-only anyway.
+	ReadOnly bool
+	// Rotational tells clients that seeks cost: the disk lies on rotating media.
+	Rotational bool
+	// Allow, if not empty, names who may use the export: see [Identities]. It
+	// needs TLS with verified client certificates.
+	Allow []string
+	// Contexts are the disk's metadata contexts besides base:allocation; nil
+	// means that there are none.
+	Contexts Contexts
+}
+
+// Contexts are metadata contexts of a disk.
+type Contexts interface {
+	// List returns the names of all contexts, as NAMESPACE:LEAF.
+	List() []string
+	// Open returns the context that a client asks for by name; the name need not
+	// be one of List's. False means that there is none.
+	Open(name string) (Context, bool)
+}
+
+// Context is a metadata context: what block status tells of a disk's ranges.
+type Context interface {
+	// Status yields what [off, off+length) holds, in order and without gaps,
+	// clipped to that range; neighbours of the same flags may be yielded apart. An
+	// error ends the sequence. A caller may stop early; work is done only as far as
+	// it reads.
+	Status(ctx context.Context, off, length int64) iter.Seq2[Status, error]
+}
+
+// Status is the half-open byte range [Off, Off+Len) with the flags that a metadata context gives it.
+type Status struct {
+	Off, Len int64
+	Flags    uint32
 }
 
 // validate checks what the protocol demands of an export.
@@ -127,15 +164,15 @@ type Export struct {
 // Source: NBD doc/proto.md, "Conventions" and "Size constraints".
 func (e Export) validate() error {
 	for what, s := range map[string]string{"name": e.Name, "description": e.Description} {
-		if len(s) > maxString || !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
-			return fmt.Errorf("%w: the %s %.64q is not %d bytes or less of UTF-8 without NUL", ErrInvalid, what, s, maxString)
+		if len(s) > wire.MaxString || !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+			return fmt.Errorf("%w: the %s %.64q is not %d bytes or less of UTF-8 without NUL", ErrInvalid, what, s, wire.MaxString)
 		}
 	}
 	if e.Name == "" {
 		return fmt.Errorf("%w: it has no name", ErrInvalid)
 	}
-	if e.BlockSize < 512 || e.BlockSize > maxPayload || bits.OnesCount(uint(e.BlockSize)) != 1 {
-		return fmt.Errorf("%w: %q has block size %d, not a power of two from 512 to %d", ErrInvalid, e.Name, e.BlockSize, maxPayload)
+	if e.BlockSize < 512 || e.BlockSize > wire.MaxPayload || bits.OnesCount(uint(e.BlockSize)) != 1 {
+		return fmt.Errorf("%w: %q has block size %d, not a power of two from 512 to %d", ErrInvalid, e.Name, e.BlockSize, wire.MaxPayload)
 	}
 	if size := e.Disk.Size(); size < 0 || size > image.MaxSize {
 		return fmt.Errorf("%w: %q has a size of %d bytes", ErrInvalid, e.Name, size)
