@@ -88,7 +88,7 @@ func (c *conn) check(r wire.Request) *problem {
 		return problemFlush
 	case !r.Inside(c.export.size):
 		return problemPastEnd
-	case r.Command == wire.CmdBlockStatus && !c.allocation:
+	case r.Command == wire.CmdBlockStatus && len(c.contexts) == 0:
 		return problemContext
 	case r.Command == wire.CmdBlockStatus && r.Length == 0:
 		return problemNoLength

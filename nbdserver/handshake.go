@@ -27,8 +27,16 @@ const readerSize = 16 << 10
 // choice is what a handshake settled.
 type choice struct {
 	export     *export
-	structured bool // structured replies
-	allocation bool // the metadata context base:allocation
+	structured bool // structured replies; extended headers imply them
+	extended   bool // extended headers
+	contexts   []selected
+}
+
+// selected is a metadata context that a client selected, with its id on this
+// connection.
+type selected struct {
+	id uint32
+	Context
 }
 
 // negotiation is the handshake of one client.
@@ -230,7 +238,11 @@ func (n *negotiation) enter(data []byte) (*choice, error) {
 }
 
 func (n *negotiation) choose(x *export) *choice {
-	return &choice{export: x, structured: n.structured, allocation: n.allocationOf == x}
+	chosen := &choice{export: x, structured: n.structured}
+	if n.allocationOf == x {
+		chosen.contexts = []selected{{allocationID, allocation{x.Disk}}}
+	}
+	return chosen
 }
 
 // parseInfo reads the data of NBD_OPT_INFO and NBD_OPT_GO.
