@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/blockstore"
+	"github.com/holdfast-backup/holdfast/image"
 )
 
 // minPrefix is how many digits of an id name a point, at least.
@@ -227,7 +228,7 @@ func (a *Appliance) DiffPoints(ctx context.Context, from, to, disk string) (Diff
 	diff := Diff{Disks: []DiskDiff{}}
 	for _, name := range names {
 		d := DiskDiff{Name: name, Extents: []Extent{}}
-		for e, err := range a.repo.Diff(ctx, diskMap(p, name), diskMap(q, name)) {
+		for e, err := range a.repo.Diff(ctx, diskMap(p, name), diskMap(q, name), 0, image.MaxSize) {
 			if err != nil {
 				return Diff{}, fmt.Errorf("compare disk %s of points %.8s and %.8s: %w", name, p.ID, q.ID, err)
 			}

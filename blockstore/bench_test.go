@@ -166,7 +166,7 @@ func BenchmarkDiff(b *testing.B) {
 				r := reopen(b, dir)
 				b.StartTimer()
 				found := int64(0)
-				for _, err := range r.Diff(b.Context(), from, to) {
+				for _, err := range r.Diff(b.Context(), from, to, 0, image.MaxSize) {
 					if err != nil {
 						b.Fatal(err)
 					}

@@ -152,26 +152,30 @@ func (r *Repository) DataBytes(ctx context.Context, m Map) (int64, error) {
 	return n, failed
 }
 
-// Diff yields the ranges in which two disks differ, in order, neighbours
-// merged, in whole chunks clipped to the larger disk. Bytes past the end of the
-// smaller disk count as zeros; so equal content in disks of two sizes differs
-// nowhere. Subtrees that are the same are not read.
-func (r *Repository) Diff(ctx context.Context, a, b Map) iter.Seq2[image.Extent, error] {
+// Diff yields the ranges of [off, off+length) in which two disks differ, in
+// order, neighbours merged, in whole chunks clipped to that range and to the larger disk.
+// Bytes past the end of the smaller disk count as zeros; so equal content in
+// disks of two sizes differs nowhere. Subtrees that are the same, or outside the
+// range, are not read.
+func (r *Repository) Diff(ctx context.Context, a, b Map, off, length int64) iter.Seq2[image.Extent, error] {
+	off, length = image.Clip(off, length, max(a.Size, b.Size))
 	return image.Coalesce(func(yield func(image.Extent, error) bool) {
-		r.diff(ctx, r.tree(a), r.tree(b), 0, max(a.Size, b.Size), yield)
+		r.diff(ctx, r.tree(a), r.tree(b), 0, off, off+length, yield)
 	})
 }
 
-func (r *Repository) diff(ctx context.Context, a, b tree, start, end int64, yield func(image.Extent, error) bool) bool {
-	if start >= end || a == b {
+// diff compares two subtrees that start at start, as far as they lie in [off, end).
+func (r *Repository) diff(ctx context.Context, a, b tree, start, off, end int64, yield func(image.Extent, error) bool) bool {
+	level := max(a.level, b.level)
+	if start >= end || start+r.span(level) <= off || a == b {
 		return true
 	}
 	if a.id.IsNull() && b.id.IsNull() {
 		return true
 	}
-	level := max(a.level, b.level)
 	if level == 0 {
-		return yield(image.Extent{Off: start, Len: min(int64(r.chunkSize), end-start)}, nil)
+		from := max(start, off)
+		return yield(image.Extent{Off: from, Len: min(start+int64(r.chunkSize), end) - from}, nil)
 	}
 	if err := ctx.Err(); err != nil {
 		yield(image.Extent{}, err)
@@ -183,7 +187,7 @@ func (r *Repository) diff(ctx context.Context, a, b tree, start, end int64, yiel
 		if childB, err = r.children(b, level); err == nil {
 			span := r.span(level - 1)
 			for i := range Fanout {
-				if !r.diff(ctx, childA(i), childB(i), start+int64(i)*span, end, yield) {
+				if !r.diff(ctx, childA(i), childB(i), start+int64(i)*span, off, end, yield) {
 					return false
 				}
 			}

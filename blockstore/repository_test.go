@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -50,16 +51,29 @@ func TestStoreAndReopen(t *testing.T) {
 			if got := r.Points(); len(got) != 2 || got[0].ID != p1.ID || !got[1].Time.After(got[0].Time) {
 				t.Errorf("points: got %+v", got)
 			}
-			var diff []image.Extent
-			for e, err := range r.Diff(t.Context(), p1.Disks[0].Map, p2.Disks[0].Map) {
-				if err != nil {
-					t.Fatal(err)
+			low, high := image.Extent{Off: 5 * testChunk, Len: testChunk}, image.Extent{Off: (Fanout + 3) * testChunk, Len: testChunk}
+			for _, tt := range []struct {
+				off, length int64
+				want        []image.Extent
+			}{
+				{0, image.MaxSize, []image.Extent{low, high}},
+				{low.End(), high.Off - low.End(), nil},
+				{low.Off + 512, high.Off - low.Off, []image.Extent{
+					{Off: low.Off + 512, Len: testChunk - 512}, {Off: high.Off, Len: 512},
+				}},
+				{high.Off, 1, []image.Extent{{Off: high.Off, Len: 1}}},
+				{high.End(), image.MaxSize, nil},
+			} {
+				var diff []image.Extent
+				for e, err := range r.Diff(t.Context(), p1.Disks[0].Map, p2.Disks[0].Map, tt.off, tt.length) {
+					if err != nil {
+						t.Fatal(err)
+					}
+					diff = append(diff, e)
 				}
-				diff = append(diff, e)
-			}
-			want := []image.Extent{{Off: 5 * testChunk, Len: testChunk}, {Off: (Fanout + 3) * testChunk, Len: testChunk}}
-			if len(diff) != 2 || diff[0] != want[0] || diff[1] != want[1] {
-				t.Errorf("diff: got %v, want %v", diff, want)
+				if !slices.Equal(diff, tt.want) {
+					t.Errorf("diff of %d bytes at %d: got %v, want %v", tt.length, tt.off, diff, tt.want)
+				}
 			}
 		})
 	}
