@@ -18,6 +18,7 @@ const (
 	maxOptions    = 64
 	maxOptionData = 64 << 10
 	maxQueries    = 128
+	maxContexts   = 16
 )
 
 // readerSize is the buffer of a connection's input: as many requests as one
@@ -48,11 +49,18 @@ type negotiation struct {
 	in     *bufio.Reader // goes on to be the input of the transmission phase
 	out    *bufio.Writer
 
-	noZeroes   bool
-	structured bool
-	// allocationOf is the export for which the client selected base:allocation,
-	// nil for none.
-	allocationOf *export
+	noZeroes bool
+	negotiated
+}
+
+// negotiated is what a client has settled about its transmission phase so far.
+type negotiated struct {
+	structured bool // structured replies; extended headers imply them
+	extended   bool
+	// contexts are those selected for contextsOf, which is nil while there are
+	// none.
+	contextsOf *export
+	contexts   []selected
 }
 
 func newNegotiation(s *Server, nc net.Conn) *negotiation {
@@ -168,18 +176,32 @@ func (n *negotiation) answer(option uint32, data []byte) {
 		} else {
 			n.describe(option, n.server.find(name), infos)
 		}
-	case wire.OptStructuredReply:
-		if len(data) > 0 {
-			n.fail(option, wire.RepErrInvalid, "this option has no data")
-			return
-		}
-		n.structured = true
-		n.reply(option, wire.RepAck, nil)
+	case wire.OptStructuredReply, wire.OptExtendedHeaders:
+		n.upgrade(option, data)
 	case wire.OptListMetaContext, wire.OptSetMetaContext:
 		n.metaContext(option, data)
 	default:
 		n.fail(option, wire.RepErrUnsup, "unknown option")
 	}
+}
+
+// upgrade answers the options that change the form of replies. Asking once more
+// for the same is harmless. Extended headers are not given up again.
+//
+// Source: NBD doc/proto.md, "NBD_OPT_STRUCTURED_REPLY", and its branch
+// extension-ext-header, "NBD_OPT_EXTENDED_HEADERS".
+func (n *negotiation) upgrade(option uint32, data []byte) {
+	switch {
+	case len(data) > 0:
+		n.fail(option, wire.RepErrInvalid, "this option has no data")
+		return
+	case option == wire.OptStructuredReply && n.extended:
+		n.fail(option, wire.RepErrExtHeaderReq, "extended headers are negotiated already")
+		return
+	}
+	n.structured = true
+	n.extended = n.extended || option == wire.OptExtendedHeaders
+	n.reply(option, wire.RepAck, nil)
 }
 
 func (n *negotiation) list(data []byte) {
@@ -207,8 +229,12 @@ func (n *negotiation) transmissionFlags() uint16 {
 
 // exportName answers the one option that has no way to say no.
 //
-// Source: NBD doc/proto.md, "NBD_OPT_EXPORT_NAME".
+// Source: NBD doc/proto.md, "NBD_OPT_EXPORT_NAME"; its branch
+// extension-ext-header forbids it after extended headers.
 func (n *negotiation) exportName(name string) (*choice, error) {
+	if n.extended {
+		return nil, fmt.Errorf("%w: extended headers, then the option EXPORT_NAME", wire.ErrProtocol)
+	}
 	x := n.server.attach(name)
 	if x == nil {
 		return nil, fmt.Errorf("%w: %.64q", ErrNotFound, name)
@@ -238,9 +264,9 @@ func (n *negotiation) enter(data []byte) (*choice, error) {
 }
 
 func (n *negotiation) choose(x *export) *choice {
-	chosen := &choice{export: x, structured: n.structured}
-	if n.allocationOf == x {
-		chosen.contexts = []selected{{allocationID, allocation{x.Disk}}}
+	chosen := &choice{export: x, structured: n.structured, extended: n.extended}
+	if n.contextsOf == x {
+		chosen.contexts = n.contexts
 	}
 	return chosen
 }
@@ -288,9 +314,8 @@ func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
 //
 // Source: NBD doc/proto.md, "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT".
 func (n *negotiation) metaContext(option uint32, data []byte) {
-	set := option == wire.OptSetMetaContext
-	if set {
-		n.allocationOf = nil // also when this request fails
+	if option == wire.OptSetMetaContext {
+		n.contextsOf, n.contexts = nil, nil // also when this request fails
 		if !n.structured {
 			n.fail(option, wire.RepErrInvalid, "structured replies come first")
 			return
@@ -302,30 +327,101 @@ func (n *negotiation) metaContext(option uint32, data []byte) {
 		n.fail(option, wire.RepErrTooBig, "too many queries")
 		return
 	}
-	found := count == 0 && !set // no query lists everything, and selects nothing
+	var queries []string
 	for range count {
 		query := d.String()
 		if namespace, _, ok := strings.Cut(query, ":"); !ok || namespace == "" {
 			d.Bad = true
 		}
-		found = found || query == wire.BaseAllocation || query == "base:" && !set
+		queries = append(queries, query)
 	}
 	if !d.Complete() {
 		n.fail(option, wire.RepErrInvalid, "malformed request")
 		return
 	}
-	x := n.server.find(name)
+	x := n.server.attach(name) // its contexts are looked at
 	if x == nil {
 		n.fail(option, wire.RepErrUnknown, "no such export")
 		return
 	}
-	if found {
-		id := uint32(0) // reserved in lists
-		if set {
-			id = allocationID
-			n.allocationOf = x
-		}
-		n.reply(option, wire.RepMetaContext, append(binary.BigEndian.AppendUint32(nil, id), wire.BaseAllocation...))
+	defer x.users.Done()
+	if option == wire.OptSetMetaContext {
+		n.selectContexts(x, queries)
+	} else {
+		n.listContexts(x, queries)
 	}
-	n.reply(option, wire.RepAck, nil)
+}
+
+// listContexts replies with the contexts that match any of the queries, all if
+// there is none. A query that ends in a colon matches every name that begins
+// so. Every id is 0, which is reserved.
+func (n *negotiation) listContexts(x *export, queries []string) {
+	names := []string{wire.BaseAllocation}
+	if x.Contexts != nil {
+		names = append(names, x.Contexts.List()...)
+	}
+	matches := names
+	if len(queries) > 0 {
+		matches = nil
+	}
+	for _, query := range queries {
+		if _, ok := x.context(query); ok {
+			matches = append(matches, query)
+		}
+		if strings.HasSuffix(query, ":") {
+			for _, name := range names {
+				if strings.HasPrefix(name, query) {
+					matches = append(matches, name)
+				}
+			}
+		}
+	}
+	replied := map[string]bool{}
+	for _, name := range matches {
+		if !replied[name] {
+			n.replyContext(wire.OptListMetaContext, 0, name)
+		}
+		replied[name] = true
+	}
+	n.reply(wire.OptListMetaContext, wire.RepAck, nil)
+}
+
+// selectContexts selects the contexts that are named by the queries, with ids
+// from 1 in the order of the queries. Names that are unknown are passed over.
+func (n *negotiation) selectContexts(x *export, queries []string) {
+	var names []string
+	var contexts []selected
+	for _, query := range queries {
+		c, ok := x.context(query)
+		if !ok || slices.Contains(names, query) {
+			continue
+		}
+		if len(contexts) == maxContexts {
+			n.fail(wire.OptSetMetaContext, wire.RepErrTooBig, "too many contexts")
+			return
+		}
+		names = append(names, query)
+		contexts = append(contexts, selected{uint32(len(names)), c})
+	}
+	for i, name := range names {
+		n.replyContext(wire.OptSetMetaContext, contexts[i].id, name)
+	}
+	n.contextsOf, n.contexts = x, contexts
+	n.reply(wire.OptSetMetaContext, wire.RepAck, nil)
+}
+
+func (n *negotiation) replyContext(option, id uint32, name string) {
+	n.reply(option, wire.RepMetaContext, append(binary.BigEndian.AppendUint32(nil, id), name...))
+}
+
+// context returns the metadata context of that name, which the caller's
+// attachment to the export covers.
+func (x *export) context(name string) (Context, bool) {
+	switch {
+	case name == wire.BaseAllocation:
+		return allocation{x.Disk}, true
+	case x.Contexts == nil || strings.HasSuffix(name, ":"):
+		return nil, false
+	}
+	return x.Contexts.Open(name)
 }

@@ -2,6 +2,9 @@ package nbdserver_test
 
 import (
 	"bytes"
+	"context"
+	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"testing"
@@ -11,10 +14,25 @@ import (
 
 const handshakeSize = 1<<20 + 100
 
+// days are contexts of which some are listed and others only understood.
+type days struct{}
+
+func (days) List() []string { return []string{"x-days:mon", "x-days:even:tue", "x-days:even:thu"} }
+
+func (d days) Open(name string) (nbdserver.Context, bool) {
+	return d, slices.Contains(d.List(), name) || strings.HasPrefix(name, "x-days:any-")
+}
+
+func (days) Status(_ context.Context, off, length int64) iter.Seq2[nbdserver.Status, error] {
+	return func(yield func(nbdserver.Status, error) bool) {
+		yield(nbdserver.Status{Off: off, Len: length, Flags: 7}, nil)
+	}
+}
+
 func handshakeExports() []nbdserver.Export {
 	d := disk{ReaderAt: bytes.NewReader(make([]byte, handshakeSize)), size: handshakeSize}
 	return []nbdserver.Export{
-		{Name: "vm/disk 1", Description: "the first disk", Disk: d, BlockSize: 65536},
+		{Name: "vm/disk 1", Description: "the first disk", Disk: d, BlockSize: 65536, Contexts: days{}},
 		{Name: "other", Disk: d},
 	}
 }
@@ -23,8 +41,15 @@ func TestOptions(t *testing.T) {
 	t.Parallel()
 	exportInfo := func(flags uint16) string { return string(wire(uint16(0), uint64(handshakeSize), flags)) }
 	ack := func(n uint32) optReply { return optReply{n, repAck, ""} }
-	allocation := func(n, id uint32) optReply { return optReply{n, repMeta, string(wire(id, "base:allocation"))} }
+	named := func(n, id uint32, name string) optReply { return optReply{n, repMeta, string(wire(id, name))} }
+	allocation := func(n, id uint32) optReply { return named(n, id, "base:allocation") }
 	manyQueries := slices.Repeat([]string{"x:y"}, 129)
+	var manyContexts []string
+	var manySelected []optReply
+	for i := range uint32(17) {
+		manyContexts = append(manyContexts, fmt.Sprintf("x-days:any-%d", i))
+		manySelected = append(manySelected, named(optSetMeta, i+1, manyContexts[i]))
+	}
 
 	for _, tt := range []struct {
 		name string
@@ -40,7 +65,13 @@ func TestOptions(t *testing.T) {
 		{"list with data", option(optList, "x"), []optReply{{optList, errInvalid, ""}}, false},
 		{"peek export", option(4), []optReply{{4, errUnsup, ""}}, false},
 		{"TLS", option(optStartTLS), []optReply{{optStartTLS, errUnsup, ""}}, false},
-		{"extended headers", option(11), []optReply{{11, errUnsup, ""}}, false},
+		{"extended headers", option(optExtended), []optReply{ack(optExtended)}, false},
+		{"extended headers with data", option(optExtended, "x"), []optReply{{optExtended, errInvalid, ""}}, false},
+		{"extended headers twice", slices.Repeat(option(optExtended), 2), []optReply{ack(optExtended), ack(optExtended)}, false},
+		{"extended headers after structured replies", wire(option(optStructured), option(optExtended)), []optReply{ack(optStructured), ack(optExtended)}, false},
+		{"structured replies after extended headers", wire(option(optExtended), option(optStructured)), []optReply{
+			ack(optExtended), {optStructured, errExtended, ""},
+		}, false},
 		{"unknown option with data", option(0xdeadbeef, strings.Repeat("x", maxOptionData)), []optReply{{0xdeadbeef, errUnsup, ""}}, false},
 		{"option too long", wire("IHAVEOPT", uint32(99), uint32(maxOptionData+1)), nil, true},
 		{"wrong magic", wire("IHAVEOPX", optList, uint32(0)), nil, true},
@@ -95,9 +126,33 @@ func TestOptions(t *testing.T) {
 		{"query beyond 4096 bytes", option(optListMeta, meta("other", "x:"+strings.Repeat("y", 4095))), []optReply{{optListMeta, errInvalid, ""}}, false},
 		{"query cut short", option(optListMeta, str("other"), uint32(2), str("x:y")), []optReply{{optListMeta, errInvalid, ""}}, false},
 		{"too many queries", option(optListMeta, meta("other", manyQueries...)), []optReply{{optListMeta, errBig, ""}}, false},
+		{"list contexts of the export", option(optListMeta, meta("vm/disk 1")), []optReply{
+			allocation(optListMeta, 0), named(optListMeta, 0, "x-days:mon"), named(optListMeta, 0, "x-days:even:tue"),
+			named(optListMeta, 0, "x-days:even:thu"), ack(optListMeta),
+		}, false},
+		{"list contexts by namespace", option(optListMeta, meta("vm/disk 1", "x-days:", "x-days:even:tue", "x-day:")), []optReply{
+			named(optListMeta, 0, "x-days:mon"), named(optListMeta, 0, "x-days:even:tue"),
+			named(optListMeta, 0, "x-days:even:thu"), ack(optListMeta),
+		}, false},
+		{"list contexts by prefix", option(optListMeta, meta("vm/disk 1", "x-days:even:")), []optReply{
+			named(optListMeta, 0, "x-days:even:tue"), named(optListMeta, 0, "x-days:even:thu"), ack(optListMeta),
+		}, false},
+		{"list a context that is there but not listed", option(optListMeta, meta("vm/disk 1", "x-days:any-5", "x-days:e")), []optReply{
+			named(optListMeta, 0, "x-days:any-5"), ack(optListMeta),
+		}, false},
+		{"set contexts of the export", wire(option(optExtended), option(optSetMeta, meta("vm/disk 1",
+			"x-days:even:tue", "x-days:none", "base:allocation", "x-days:even:tue", "x-days:even:", "x-days:any-7"))), []optReply{
+			ack(optExtended), named(optSetMeta, 1, "x-days:even:tue"), allocation(optSetMeta, 2), named(optSetMeta, 3, "x-days:any-7"), ack(optSetMeta),
+		}, false},
+		{"set 16 contexts", wire(option(optStructured), option(optSetMeta, meta("vm/disk 1", manyContexts[:16]...))), slices.Concat(
+			[]optReply{ack(optStructured)}, manySelected[:16], []optReply{ack(optSetMeta)}), false},
+		{"set 17 contexts", wire(option(optStructured), option(optSetMeta, meta("vm/disk 1", manyContexts...))), []optReply{
+			ack(optStructured), {optSetMeta, errBig, ""},
+		}, false},
 		{"millions of queries said", option(optListMeta, str("other"), uint32(0xffffffff)), []optReply{{optListMeta, errBig, ""}}, false},
 
 		{"export name, missing", option(optExportName, "missing"), nil, true},
+		{"export name with extended headers", wire(option(optExtended), option(optExportName, "other")), []optReply{ack(optExtended)}, true},
 		{"export name, none", option(optExportName), nil, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

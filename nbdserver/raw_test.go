@@ -15,10 +15,11 @@ import (
 // doc/proto.md, so that a wrong constant in the package shows.
 const (
 	optExportName, optAbort, optList, optStartTLS, optInfo, optGo uint32 = 1, 2, 3, 5, 6, 7
-	optStructured, optListMeta, optSetMeta                        uint32 = 8, 9, 10
+	optStructured, optListMeta, optSetMeta, optExtended           uint32 = 8, 9, 10, 11
 
 	repAck, repServer, repInfo, repMeta       uint32 = 1, 2, 3, 4
-	errUnsup, errInvalid, errUnknown, errBig  uint32 = 0x80000001, 0x80000003, 0x80000006, 0x80000009
+	errUnsup, errPolicy, errInvalid           uint32 = 0x80000001, 0x80000002, 0x80000003
+	errTLS, errUnknown, errBig, errExtended   uint32 = 0x80000005, 0x80000006, 0x80000009, 0x8000000a
 	cmdRead, cmdWrite, cmdDisc, cmdFlush      uint16 = 0, 1, 2, 3
 	cmdTrim, cmdCache, cmdZeroes, cmdStatus   uint16 = 4, 5, 6, 7
 	fua, noHole, df, reqOne                   uint16 = 1, 2, 4, 8
