@@ -70,9 +70,11 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 		return fmt.Errorf("export %s: %w", name, err)
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
+	changed := a.newChanges(p, d)
+	defer func() { err = errors.Join(err, changed.close()) }()
 	server := nbdserver.New(nbdserver.Options{Log: a.log})
 	err = server.Add(nbdserver.Export{
-		Name: name, Disk: disk, BlockSize: a.repo.ChunkSize(),
+		Name: name, Disk: disk, BlockSize: a.repo.ChunkSize(), Contexts: changed,
 		Description: fmt.Sprintf("disk %s of %s, point %s of %s", d.Name, p.VM, p.ID, p.Time.Format(time.RFC3339Nano)),
 	})
 	if err != nil {
