@@ -2,6 +2,8 @@ package nbdserver
 
 import (
 	"bufio"
+	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -49,7 +51,10 @@ type negotiation struct {
 	in     *bufio.Reader // goes on to be the input of the transmission phase
 	out    *bufio.Writer
 
-	noZeroes bool
+	noZeroes  bool
+	tls       *TLS // that the client may or must start; nil for none
+	encrypted bool
+	who       identities
 	negotiated
 }
 
@@ -64,13 +69,20 @@ type negotiated struct {
 }
 
 func newNegotiation(s *Server, nc net.Conn) *negotiation {
-	return &negotiation{server: s, conn: nc, in: bufio.NewReaderSize(nc, readerSize), out: bufio.NewWriter(nc)}
+	n := &negotiation{server: s, tls: s.options.TLS}
+	n.use(nc)
+	return n
+}
+
+// use makes nc the connection.
+func (n *negotiation) use(nc net.Conn) {
+	n.conn, n.in, n.out = nc, bufio.NewReaderSize(nc, readerSize), bufio.NewWriter(nc)
 }
 
 // run greets the client and answers its options. It returns the choice with
 // which transmission begins, its export attached, or nil when the client left
 // or had to be dropped; the error says why and is nil for a polite farewell.
-func (n *negotiation) run() (*choice, error) {
+func (n *negotiation) run(ctx context.Context) (*choice, error) {
 	if err := n.conn.SetDeadline(time.Now().Add(n.server.options.HandshakeTimeout)); err != nil {
 		return nil, err
 	}
@@ -82,18 +94,11 @@ func (n *negotiation) run() (*choice, error) {
 		if err != nil {
 			return nil, err
 		}
-		var chosen *choice
-		switch option {
-		case wire.OptExportName:
-			chosen, err = n.exportName(string(data))
-		case wire.OptGo:
-			chosen, err = n.enter(data)
-		case wire.OptAbort:
+		if option == wire.OptAbort {
 			n.reply(option, wire.RepAck, nil)
 			return nil, n.out.Flush()
-		default:
-			n.answer(option, data)
 		}
+		chosen, err := n.turn(ctx, option, data)
 		if err == nil {
 			err = n.out.Flush()
 		}
@@ -113,6 +118,63 @@ func (n *negotiation) run() (*choice, error) {
 	return nil, fmt.Errorf("%w: more than %d options", wire.ErrProtocol, maxOptions)
 }
 
+// turn answers one option. The choice is nil while the handshake goes on, the
+// error is why it cannot.
+func (n *negotiation) turn(ctx context.Context, option uint32, data []byte) (*choice, error) {
+	if n.tls != nil && n.tls.options.Required && option != wire.OptStartTLS {
+		if option == wire.OptExportName {
+			return nil, fmt.Errorf("%w: the option EXPORT_NAME without TLS", wire.ErrProtocol)
+		}
+		n.fail(option, wire.RepErrTLSReqd, "this server requires TLS")
+		return nil, nil
+	}
+	switch option {
+	case wire.OptStartTLS:
+		return nil, n.startTLS(ctx, data)
+	case wire.OptExportName:
+		return n.exportName(string(data))
+	case wire.OptGo:
+		return n.enter(data)
+	}
+	n.answer(option, data)
+	return nil, nil
+}
+
+// startTLS answers NBD_OPT_STARTTLS and takes the connection over to TLS. What
+// was negotiated before may be an attacker's and is forgotten; so may be bytes
+// that came along with the option, which end the connection.
+//
+// Source: NBD doc/proto.md, "NBD_OPT_STARTTLS" and "TLS support".
+func (n *negotiation) startTLS(ctx context.Context, data []byte) error {
+	switch {
+	case len(data) > 0:
+		n.fail(wire.OptStartTLS, wire.RepErrInvalid, "this option has no data")
+		return nil
+	case n.encrypted:
+		n.fail(wire.OptStartTLS, wire.RepErrInvalid, "TLS is in use already")
+		return nil
+	case n.tls == nil:
+		n.fail(wire.OptStartTLS, wire.RepErrPolicy, "TLS is not set up here")
+		return nil
+	case n.in.Buffered() > 0:
+		return fmt.Errorf("%w: bytes behind the option STARTTLS", wire.ErrProtocol)
+	}
+	n.reply(wire.OptStartTLS, wire.RepAck, nil)
+	if err := n.out.Flush(); err != nil {
+		return err
+	}
+	c := tls.Server(n.conn, n.tls.current(ctx))
+	if err := c.HandshakeContext(ctx); err != nil { // within the deadline of the connection
+		return fmt.Errorf("TLS: %w", err)
+	}
+	if chains := c.ConnectionState().VerifiedChains; len(chains) > 0 {
+		n.who = Identities(chains[0][0])
+	}
+	n.use(c)
+	n.tls, n.encrypted, n.negotiated = nil, true, negotiated{}
+	return nil
+}
+
 func (n *negotiation) greet() error {
 	b := binary.BigEndian.AppendUint64(nil, wire.MagicServer)
 	b = binary.BigEndian.AppendUint64(b, wire.MagicOption)
@@ -129,6 +191,12 @@ func (n *negotiation) greet() error {
 		return fmt.Errorf("%w: client flags %#x", wire.ErrProtocol, flags)
 	}
 	n.noZeroes = flags&wire.FlagNoZeroes != 0
+	if flags&wire.FlagFixedNewstyle == 0 && n.tls != nil {
+		if n.tls.options.Required {
+			return fmt.Errorf("%w: this server requires TLS, for which the client is too old", wire.ErrProtocol)
+		}
+		n.tls = nil // forbidden by NBD doc/proto.md, "TLS support"
+	}
 	return nil
 }
 
@@ -174,7 +242,7 @@ func (n *negotiation) answer(option uint32, data []byte) {
 		if name, infos, ok := parseInfo(data); !ok {
 			n.fail(option, wire.RepErrInvalid, "malformed request")
 		} else {
-			n.describe(option, n.server.find(name), infos)
+			n.describe(option, n.server.find(n.who, name), infos)
 		}
 	case wire.OptStructuredReply, wire.OptExtendedHeaders:
 		n.upgrade(option, data)
@@ -209,7 +277,7 @@ func (n *negotiation) list(data []byte) {
 		n.fail(wire.OptList, wire.RepErrInvalid, "this option has no data")
 		return
 	}
-	for _, x := range n.server.list() {
+	for _, x := range n.server.list(n.who) {
 		b := binary.BigEndian.AppendUint32(nil, uint32(len(x.Name)))
 		b = append(append(b, x.Name...), x.Description...)
 		n.reply(wire.OptList, wire.RepServer, b)
@@ -235,7 +303,7 @@ func (n *negotiation) exportName(name string) (*choice, error) {
 	if n.extended {
 		return nil, fmt.Errorf("%w: extended headers, then the option EXPORT_NAME", wire.ErrProtocol)
 	}
-	x := n.server.attach(name)
+	x := n.server.attach(n.who, name)
 	if x == nil {
 		return nil, fmt.Errorf("%w: %.64q", ErrNotFound, name)
 	}
@@ -255,7 +323,7 @@ func (n *negotiation) enter(data []byte) (*choice, error) {
 		n.fail(wire.OptGo, wire.RepErrInvalid, "malformed request")
 		return nil, nil
 	}
-	x := n.server.attach(name)
+	x := n.server.attach(n.who, name)
 	n.describe(wire.OptGo, x, infos)
 	if x == nil {
 		return nil, nil
@@ -290,7 +358,7 @@ func parseInfo(data []byte) (name string, infos []uint16, ok bool) {
 // Source: NBD doc/proto.md, "NBD_REP_INFO".
 func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
 	if x == nil {
-		n.fail(option, wire.RepErrUnknown, "no such export")
+		n.unknown(option)
 		return
 	}
 	info := func(kind uint16) []byte { return binary.BigEndian.AppendUint16(nil, kind) }
@@ -308,6 +376,18 @@ func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
 		n.reply(option, wire.RepInfo, binary.BigEndian.AppendUint32(b, wire.MaxPayload))
 	}
 	n.reply(option, wire.RepAck, nil)
+}
+
+// unknown is the answer about an export that does not exist, or of which the
+// client may not know: it must not learn which. TLS might tell more.
+//
+// Source: NBD doc/proto.md, "SELECTIVETLS mode".
+func (n *negotiation) unknown(option uint32) {
+	if n.tls != nil && (option == wire.OptInfo || option == wire.OptGo) {
+		n.fail(option, wire.RepErrTLSReqd, "no such export without TLS")
+		return
+	}
+	n.fail(option, wire.RepErrUnknown, "no such export, or not for this client")
 }
 
 // metaContext lists or selects metadata contexts.
@@ -339,9 +419,9 @@ func (n *negotiation) metaContext(option uint32, data []byte) {
 		n.fail(option, wire.RepErrInvalid, "malformed request")
 		return
 	}
-	x := n.server.attach(name) // its contexts are looked at
+	x := n.server.attach(n.who, name) // its contexts are looked at
 	if x == nil {
-		n.fail(option, wire.RepErrUnknown, "no such export")
+		n.unknown(option)
 		return
 	}
 	defer x.users.Done()

@@ -64,7 +64,7 @@ func TestOptions(t *testing.T) {
 		}, false},
 		{"list with data", option(optList, "x"), []optReply{{optList, errInvalid, ""}}, false},
 		{"peek export", option(4), []optReply{{4, errUnsup, ""}}, false},
-		{"TLS", option(optStartTLS), []optReply{{optStartTLS, errUnsup, ""}}, false},
+		{"TLS", option(optStartTLS), []optReply{{optStartTLS, errPolicy, ""}}, false},
 		{"extended headers", option(optExtended), []optReply{ack(optExtended)}, false},
 		{"extended headers with data", option(optExtended, "x"), []optReply{{optExtended, errInvalid, ""}}, false},
 		{"extended headers twice", slices.Repeat(option(optExtended), 2), []optReply{ack(optExtended), ack(optExtended)}, false},

@@ -42,15 +42,27 @@ func Listen(network, address string) (net.Listener, error) {
 // addresses is named localhost.
 //
 // Source: NBD doc/uri.md.
-func URI(addr net.Addr, exportName string) string {
+func URI(addr net.Addr, exportName string) string { return uri("nbd", addr, exportName) }
+
+// URI is the function URI for a listener of this server: nbds://host:port/name or
+// nbds+unix:///name?socket=/path if it speaks TLS. Clients that verify the
+// server expect its host name, or localhost, in its certificate.
+func (s *Server) URI(addr net.Addr, exportName string) string {
+	if s.options.TLS != nil {
+		return uri("nbds", addr, exportName)
+	}
+	return uri("nbd", addr, exportName)
+}
+
+func uri(scheme string, addr net.Addr, exportName string) string {
 	if addr.Network() == "unix" {
-		return "nbd+unix:///" + escape(exportName) + "?socket=" + escape(addr.String())
+		return scheme + "+unix:///" + escape(exportName) + "?socket=" + escape(addr.String())
 	}
 	host := addr.String()
 	if t, ok := addr.(*net.TCPAddr); ok && (t.IP == nil || t.IP.IsUnspecified()) {
 		host = fmt.Sprintf("localhost:%d", t.Port)
 	}
-	u := url.URL{Scheme: "nbd", Host: host}
+	u := url.URL{Scheme: scheme, Host: host}
 	return u.String() + "/" + escape(exportName)
 }
 

@@ -95,6 +95,9 @@ type Options struct {
 	// request that does not fit waits. At least one request always fits.
 	// Default 64 MiB.
 	Budget int64
+	// TLS encrypts connections and verifies clients. nil means that there is no
+	// encryption.
+	TLS *TLS
 	// Log receives errors of disks, and at debug level the coming and going of
 	// clients. Default slog.Default().
 	Log *slog.Logger
@@ -127,8 +130,8 @@ type Export struct {
 	ReadOnly bool
 	// Rotational tells clients that seeks cost: the disk lies on rotating media.
 	Rotational bool
-	// Allow, if not empty, names who may use the export: see [Identities]. It
-	// needs TLS with verified client certificates.
+	// Allow, if not empty, names who may use the export: see [Identities]. For
+	// all others it does not exist. It needs TLS that verifies clients.
 	Allow []string
 	// Contexts are the disk's metadata contexts besides base:allocation; nil
 	// means that there are none.
@@ -215,6 +218,10 @@ func (s *Server) Add(e Export) error {
 	if err := e.validate(); err != nil {
 		return err
 	}
+	if len(e.Allow) > 0 && (s.options.TLS == nil || !s.options.TLS.verify) {
+		return fmt.Errorf("%w: %q names who may use it, but the server verifies no certificates", ErrInvalid, e.Name)
+	}
+	e.Allow = slices.Clone(e.Allow)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.exports[e.Name] != nil {
@@ -242,40 +249,49 @@ func (s *Server) Remove(name string) error {
 	return nil
 }
 
-// find returns the export of that name, or nil. The empty name means the only
-// export, if there is exactly one.
-func (s *Server) find(name string) *export {
+// find returns the export that a client knows by that name, or nil. The empty
+// name means its only export, if there is exactly one.
+func (s *Server) find(who identities, name string) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.findLocked(name)
+	return s.findLocked(who, name)
 }
 
-func (s *Server) findLocked(name string) *export {
-	if name == "" && len(s.exports) == 1 {
-		for _, x := range s.exports {
-			return x
+func (s *Server) findLocked(who identities, name string) *export {
+	if name == "" {
+		if known := s.listLocked(who); len(known) == 1 {
+			return known[0]
 		}
 	}
-	return s.exports[name]
+	if x := s.exports[name]; x != nil && who.may(x) {
+		return x
+	}
+	return nil
 }
 
-// attach is find for a client that enters the transmission phase. The caller
-// calls users.Done of the export when the client is gone.
-func (s *Server) attach(name string) *export {
+// attach is find for a client that uses the export, in the transmission phase
+// above all. The caller calls users.Done of the export when the client is gone.
+func (s *Server) attach(who identities, name string) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	x := s.findLocked(name)
+	x := s.findLocked(who, name)
 	if x != nil {
 		x.users.Add(1)
 	}
 	return x
 }
 
-// list returns the exports sorted by name.
-func (s *Server) list() []*export {
+// list returns the exports that a client may use, sorted by name.
+func (s *Server) list(who identities) []*export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.SortedFunc(maps.Values(s.exports), func(a, b *export) int { return cmp.Compare(a.Name, b.Name) })
+	return s.listLocked(who)
+}
+
+func (s *Server) listLocked(who identities) []*export {
+	known := slices.DeleteFunc(slices.Collect(maps.Values(s.exports)), func(x *export) bool { return !who.may(x) })
+	slices.SortFunc(known, func(a, b *export) int { return cmp.Compare(a.Name, b.Name) })
+	return known
 }
 
 // Serve accepts clients on l until ctx is done, then lets each client receive
@@ -319,24 +335,41 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// serveClient runs one connection from its greeting to its end.
-func (s *Server) serveClient(ctx context.Context, nc net.Conn) {
-	defer nc.Close()
-	log := s.options.Log.With(slog.String("client", nc.RemoteAddr().String()))
-	proceed := context.AfterFunc(ctx, func() { nc.Close() })
+// ServeConn serves one client that is connected already, until it leaves or ctx
+// is done, as Serve does. It closes nc. The error says why the client had to be
+// dropped; it is nil also for one that left without choosing an export.
+func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	n := newNegotiation(s, nc)
-	chosen, err := n.run()
+	defer func() { n.conn.Close() }() // with TLS's farewell if it was started
+	proceed := context.AfterFunc(ctx, func() { nc.Close() })
+	chosen, err := n.run(ctx)
 	if chosen == nil {
 		proceed()
-		log.DebugContext(ctx, "handshake ended", slog.Any("error", err))
-		return
+		if err != nil {
+			return fmt.Errorf("handshake: %w", err)
+		}
+		return nil
 	}
 	defer chosen.export.users.Done()
 	if !proceed() {
-		return
+		return nil
 	}
-	log = log.With(slog.String("export", chosen.export.Name))
-	log.DebugContext(ctx, "client connected")
-	err = newConn(s.options, nc, n.in, *chosen, log).serve(ctx)
-	log.DebugContext(ctx, "client gone", slog.Any("error", err))
+	log := s.options.Log.With(slog.String("client", clientName(nc)), slog.String("export", chosen.export.Name))
+	log.DebugContext(ctx, "client connected", slog.Bool("tls", n.encrypted))
+	return newConn(s.options, n.conn, n.in, *chosen, log).serve(ctx)
+}
+
+// serveClient is ServeConn for a client of a listener.
+func (s *Server) serveClient(ctx context.Context, nc net.Conn) {
+	err := s.ServeConn(ctx, nc)
+	s.options.Log.DebugContext(ctx, "client gone", slog.String("client", clientName(nc)), slog.Any("error", err))
+}
+
+// clientName is the client's address for logs; a connection that broke before
+// anybody asked has none.
+func clientName(nc net.Conn) string {
+	if addr := nc.RemoteAddr(); addr != nil {
+		return addr.String()
+	}
+	return ""
 }

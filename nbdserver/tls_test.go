@@ -1,0 +1,548 @@
+package nbdserver_test
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/nbdserver"
+)
+
+// authority signs certificates for tests.
+type authority struct {
+	testing.TB
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(tb testing.TB) *authority {
+	tb.Helper()
+	a := &authority{TB: tb}
+	a.cert, a.key = a.sign(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	})
+	return a
+}
+
+// sign completes a template and signs it, with its own key for the authority's.
+func (a *authority) sign(template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
+	a.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		a.Fatal(err)
+	}
+	template.SerialNumber = big.NewInt(time.Now().UnixNano())
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	parent, signer := a.cert, a.key
+	if parent == nil {
+		parent, signer = template, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+	if err != nil {
+		a.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		a.Fatal(err)
+	}
+	return cert, key
+}
+
+// folder fills a new folder with the files of a server or a client.
+func (a *authority) folder(role, name string) (dir string, cert *x509.Certificate) {
+	a.Helper()
+	dir = a.TempDir()
+	cert = a.replace(dir, role, name)
+	a.write(filepath.Join(dir, "ca-cert.pem"), "CERTIFICATE", a.cert.Raw)
+	return dir, cert
+}
+
+// replace puts a new certificate and its key into a folder.
+func (a *authority) replace(dir, role, name string) *x509.Certificate {
+	a.Helper()
+	usage := x509.ExtKeyUsageClientAuth
+	if role == "server" {
+		usage = x509.ExtKeyUsageServerAuth
+	}
+	cert, key := a.sign(&x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
+		DNSNames: []string{"localhost", name + ".example"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	})
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		a.Fatal(err)
+	}
+	a.write(filepath.Join(dir, role+"-cert.pem"), "CERTIFICATE", cert.Raw)
+	a.write(filepath.Join(dir, role+"-key.pem"), "PRIVATE KEY", der)
+	return cert
+}
+
+func (a *authority) write(path, kind string, der []byte) {
+	a.Helper()
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		a.Fatal(err)
+	}
+}
+
+// config is a client's, with the certificate of a folder unless dir is "".
+func (a *authority) config(dir string) *tls.Config {
+	a.Helper()
+	c := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "localhost"}
+	c.RootCAs.AddCert(a.cert)
+	if dir != "" {
+		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem"))
+		if err != nil {
+			a.Fatal(err)
+		}
+		c.Certificates = []tls.Certificate{pair}
+	}
+	return c
+}
+
+func loadTLS(tb testing.TB, dir string, o nbdserver.TLSOptions) *nbdserver.TLS {
+	tb.Helper()
+	s, err := nbdserver.LoadTLS(dir, o)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return s
+}
+
+// encrypt starts TLS on a connection in the handshake.
+func (c *client) encrypt(config *tls.Config) *client {
+	c.Helper()
+	c.send(option(optStartTLS))
+	c.wantReply(optStartTLS, repAck)
+	t := tls.Client(c.Conn, config)
+	if err := t.Handshake(); err != nil {
+		c.Fatalf("TLS: %v", err)
+	}
+	return &client{TB: c.TB, Conn: t, in: bufio.NewReader(t)}
+}
+
+func TestTLSRequired(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{Required: true})}, testExport())
+
+	c := dial(t, socket)
+	c.send(fixedNewstyle | noZeroes)
+	for n, data := range map[uint32][]byte{
+		optList: nil, optInfo: info("disk"), optGo: info("disk"), optStructured: nil, optExtended: nil,
+		optListMeta: meta("disk"), optSetMeta: meta("disk", "base:allocation"), 99: nil, 4: []byte("x"),
+	} {
+		c.send(option(n, data))
+		c.wantReply(n, errTLS)
+	}
+	c.send(option(optStartTLS, "data"))
+	c.wantReply(optStartTLS, errInvalid)
+	e := c.encrypt(a.config(""))
+	e.send(option(optStartTLS), option(optStructured), option(optGo, info("disk")))
+	e.wantReply(optStartTLS, errInvalid)
+	e.wantReply(optStructured, repAck)
+	e.wantReply(optGo, repInfo)
+	e.wantReply(optGo, repAck)
+	if r := e.ask(request{command: cmdRead, cookie: 1, length: 50000}, true); !bytes.Equal(r.data, testBytes()[:50000]) {
+		t.Errorf("read over TLS: wrong bytes, error %d", r.errno)
+	}
+
+	c = dial(t, socket)
+	c.send(fixedNewstyle, option(optAbort))
+	c.wantReply(optAbort, repAck)
+	c.wantClosed()
+	c = dial(t, socket)
+	c.send(fixedNewstyle, option(optExportName, "disk"))
+	c.wantClosed()
+	c = dial(t, socket)
+	c.send(uint32(0)) // too old for any other option
+	c.wantClosed()
+}
+
+// TestTLSForgets: nothing that was said in plain text counts once TLS runs.
+func TestTLSForgets(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{})}, testExport())
+	c := dial(t, socket)
+	c.send(fixedNewstyle, option(optExtended), option(optSetMeta, meta("disk", "base:allocation")))
+	c.wantReply(optExtended, repAck)
+	c.wantReply(optSetMeta, repMeta)
+	c.wantReply(optSetMeta, repAck)
+	e := c.encrypt(a.config(""))
+	e.send(option(optSetMeta, meta("disk", "base:allocation")))
+	e.wantReply(optSetMeta, errInvalid) // structured replies are forgotten
+	e.send(option(optStructured))
+	e.wantReply(optStructured, repAck) // and extended headers
+	e.send(option(optGo, info("disk")))
+	e.wantReply(optGo, repInfo)
+	e.wantReply(optGo, repAck)
+	if r := e.ask(request{command: cmdStatus, cookie: 1, length: 512}, true); r.errno != einval {
+		t.Errorf("block status by a context of before: got error %d, want %d", r.errno, einval)
+	}
+}
+
+// TestTLSInjection: an attacker on the wire puts options behind the client's
+// STARTTLS, hoping that they are taken for encrypted ones.
+func TestTLSInjection(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	for _, required := range []bool{true, false} {
+		socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{Required: required})}, testExport())
+		c := dial(t, socket)
+		c.send(fixedNewstyle, option(optStartTLS), option(optList))
+		c.wantClosed()
+		c = dial(t, socket)
+		c.send(fixedNewstyle, option(optStartTLS))
+		c.wantReply(optStartTLS, repAck)
+		c.send(option(optList)) // after the fact it is no TLS
+		if p, _ := io.ReadAll(c.in); bytes.Contains(p, []byte("disk")) {
+			t.Errorf("got %q in plain text", p)
+		}
+	}
+}
+
+func TestTLSOffered(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{})}, testExport(),
+		nbdserver.Export{Name: "secret", Disk: testExport().Disk, Allow: []string{"someone"}})
+	dial(t, socket).enter("disk", true)
+	for _, name := range []string{"secret", "missing"} { // which is it?
+		c := dial(t, socket)
+		c.send(fixedNewstyle, option(optStructured), option(optInfo, info(name)), option(optGo, info(name)), option(optSetMeta, meta(name, "base:allocation")))
+		c.wantReply(optStructured, repAck)
+		c.wantReply(optInfo, errTLS)
+		c.wantReply(optGo, errTLS)
+		c.wantReply(optSetMeta, errUnknown)
+		c.send(option(optExportName, name))
+		c.wantClosed()
+	}
+	c := dial(t, socket)
+	c.send(uint32(0), option(optStartTLS), option(optInfo, info("missing"))) // too old to be told of TLS
+	c.wantReply(optStartTLS, errPolicy)
+	c.wantReply(optInfo, errUnknown)
+}
+
+// TestAllow: an export with a list of identities does not exist for others.
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	aliceDir, alice := a.folder("client", "alice")
+	bobDir, _ := a.folder("client", "bob")
+	strangerDir, _ := newAuthority(t).folder("client", "alice")
+	d := testExport().Disk
+	exports := []nbdserver.Export{
+		{Name: "by-fingerprint", Disk: d, Allow: []string{fmt.Sprintf("sha256:%x", sha256.Sum256(alice.Raw))}},
+		{Name: "by-host", Disk: d, Allow: []string{"nobody", "bob.example"}},
+		{Name: "by-name", Disk: d, Allow: []string{"alice", "bob"}},
+		{Name: "open", Disk: d},
+	}
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{})}, exports...)
+	for _, tt := range []struct {
+		who  string
+		dir  string
+		want []string
+	}{
+		{"nobody", "", []string{"open"}},
+		{"alice", aliceDir, []string{"by-fingerprint", "by-name", "open"}},
+		{"bob", bobDir, []string{"by-host", "by-name", "open"}},
+	} {
+		c := dial(t, socket)
+		c.send(fixedNewstyle)
+		c = c.encrypt(a.config(tt.dir))
+		c.send(option(optList))
+		var got []string
+		for r := c.optReply(); r.Kind == repServer; r = c.optReply() {
+			got = append(got, r.Data[4:])
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("%s: list: got %q, want %q", tt.who, got, tt.want)
+		}
+		c.send(option(optStructured))
+		c.wantReply(optStructured, repAck)
+		for _, x := range exports {
+			may := slices.Contains(tt.want, x.Name)
+			for _, o := range [][]byte{
+				option(optInfo, info(x.Name)), option(optListMeta, meta(x.Name)), option(optSetMeta, meta(x.Name, "base:allocation")),
+			} {
+				c.send(o)
+				r := c.optReply()
+				if r.Kind == errUnknown == may {
+					t.Errorf("%s, option %d, export %s: got reply %#x", tt.who, r.Option, x.Name, r.Kind)
+				}
+				for r.Kind == repInfo || r.Kind == repMeta {
+					r = c.optReply()
+				}
+			}
+			if !may {
+				c.send(option(optGo, info(x.Name)))
+				c.wantReply(optGo, errUnknown)
+			}
+		}
+		c.send(option(optGo, info(tt.want[0])))
+		c.wantReply(optGo, repInfo)
+		c.wantReply(optGo, repAck)
+	}
+
+	c := dial(t, socket)
+	c.send(fixedNewstyle, option(optStartTLS))
+	c.wantReply(optStartTLS, repAck)
+	s := tls.Client(c.Conn, a.config(strangerDir)) // of that name, by another authority
+	s.Handshake()
+	if n, err := s.Read(make([]byte, 1)); err == nil {
+		t.Errorf("a stranger: got %d bytes, want an alert", n)
+	}
+}
+
+func TestAllowNeedsVerification(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	withCA, _ := a.folder("server", "server")
+	withoutCA := t.TempDir()
+	a.replace(withoutCA, "server", "server")
+	x := testExport()
+	x.Allow = []string{"alice"}
+	for _, tt := range []struct {
+		tls  *nbdserver.TLS
+		want error
+	}{
+		{nil, nbdserver.ErrInvalid},
+		{loadTLS(t, withoutCA, nbdserver.TLSOptions{Required: true}), nbdserver.ErrInvalid},
+		{loadTLS(t, withCA, nbdserver.TLSOptions{}), nil},
+	} {
+		if err := nbdserver.New(nbdserver.Options{TLS: tt.tls}).Add(x); !errors.Is(err, tt.want) {
+			t.Errorf("got %v, want %v", err, tt.want)
+		}
+	}
+}
+
+func TestIdentities(t *testing.T) {
+	t.Parallel()
+	c := &x509.Certificate{
+		Raw: []byte("abc"), Subject: pkix.Name{CommonName: "name"}, DNSNames: []string{"a.example", "name", "sha256:0000", "b.example"},
+	}
+	const fingerprint = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+	want := []string{fingerprint, "name", "a.example", "b.example"}
+	if got := nbdserver.Identities(c); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got, want := nbdserver.Identities(&x509.Certificate{Raw: []byte("abc")}), []string{fingerprint}; !slices.Equal(got, want) {
+		t.Errorf("without names: got %q, want %q", got, want)
+	}
+}
+
+func TestClientCertificates(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	clientDir, _ := a.folder("client", "alice")
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{ClientCertificates: true})}, testExport())
+	c := dial(t, socket)
+	c.send(fixedNewstyle)
+	c.encrypt(a.config(clientDir)).enterGo("disk")
+
+	c = dial(t, socket)
+	c.send(fixedNewstyle, option(optStartTLS))
+	c.wantReply(optStartTLS, repAck)
+	s := tls.Client(c.Conn, a.config(""))
+	s.Handshake()
+	if n, err := s.Read(make([]byte, 1)); err == nil {
+		t.Errorf("without a certificate: got %d bytes, want an alert", n)
+	}
+	old := a.config(clientDir)
+	old.MaxVersion = tls.VersionTLS11
+	c = dial(t, socket)
+	c.send(fixedNewstyle, option(optStartTLS))
+	c.wantReply(optStartTLS, repAck)
+	if err := tls.Client(c.Conn, old).Handshake(); err == nil {
+		t.Error("TLS 1.1 was accepted")
+	}
+	old.MaxVersion = tls.VersionTLS12
+	c = dial(t, socket)
+	c.send(fixedNewstyle)
+	c.encrypt(old).enterGo("disk")
+}
+
+// enterGo enters an export after the client flags are sent.
+func (c *client) enterGo(name string) {
+	c.Helper()
+	c.send(option(optGo, info(name)))
+	c.wantReply(optGo, repInfo)
+	c.wantReply(optGo, repAck)
+	if r := c.ask(request{command: cmdRead, cookie: 1, length: 10}, false); r.errno != 0 {
+		c.Errorf("read: got error %d", r.errno)
+	}
+}
+
+func TestLoadTLS(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	for _, tt := range []struct {
+		name   string
+		harm   func(dir string) error
+		demand bool
+		good   bool
+	}{
+		{"all there", func(string) error { return nil }, true, true},
+		{"no authority", func(dir string) error { return os.Remove(filepath.Join(dir, "ca-cert.pem")) }, false, true},
+		{"no authority to verify by", func(dir string) error { return os.Remove(filepath.Join(dir, "ca-cert.pem")) }, true, false},
+		{"no certificate", func(dir string) error { return os.Remove(filepath.Join(dir, "server-cert.pem")) }, false, false},
+		{"no key", func(dir string) error { return os.Remove(filepath.Join(dir, "server-key.pem")) }, false, false},
+		{"empty authority", func(dir string) error { return os.Truncate(filepath.Join(dir, "ca-cert.pem"), 0) }, false, false},
+		{"half a key", func(dir string) error { return os.Truncate(filepath.Join(dir, "server-key.pem"), 100) }, false, false},
+		{"revocations", func(dir string) error { return os.WriteFile(filepath.Join(dir, "ca-crl.pem"), nil, 0o600) }, false, false},
+		{"huge", func(dir string) error { return os.Truncate(filepath.Join(dir, "server-cert.pem"), 1<<40) }, false, false},
+		{"another's key", func(dir string) error {
+			other, _ := a.folder("server", "other")
+			return os.Rename(filepath.Join(other, "server-key.pem"), filepath.Join(dir, "server-key.pem"))
+		}, false, false},
+	} {
+		dir, _ := a.folder("server", "server")
+		if err := tt.harm(dir); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := nbdserver.LoadTLS(dir, nbdserver.TLSOptions{ClientCertificates: tt.demand}); err == nil != tt.good {
+			t.Errorf("%s: got %v, want success %v", tt.name, err, tt.good)
+		}
+	}
+}
+
+// TestTLSReload replaces the certificates under a running server, one file at a
+// time. Between the two, when they do not belong together, the old ones serve.
+func TestTLSReload(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "before")
+	var log bytes.Buffer
+	socket := start(t, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{Log: slog.New(slog.NewTextHandler(&log, nil))})}, testExport())
+	served := func() string {
+		c := dial(t, socket)
+		defer c.Close()
+		c.send(fixedNewstyle)
+		e := c.encrypt(a.config(""))
+		return e.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Subject.CommonName
+	}
+	wantServed := func(when, want string) {
+		t.Helper()
+		if got := served(); got != want {
+			t.Errorf("%s: got the certificate of %q, want %q", when, got, want)
+		}
+	}
+	wantServed("at first", "before")
+	long := dial(t, socket)
+	long.send(fixedNewstyle)
+	running := long.encrypt(a.config(""))
+
+	fresh, _ := a.folder("server", "after")
+	move := func(name string) {
+		t.Helper()
+		if err := os.Rename(filepath.Join(fresh, name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move("server-cert.pem")
+	wantServed("with the new certificate and the old key", "before")
+	wantServed("once more", "before")
+	if n := strings.Count(log.String(), "cannot be used"); n != 1 {
+		t.Errorf("got %d warnings, want 1:\n%s", n, log.String())
+	}
+	move("server-key.pem")
+	wantServed("with both", "after")
+	os.Truncate(filepath.Join(dir, "server-cert.pem"), 0)
+	wantServed("with an empty file", "after")
+	os.Remove(filepath.Join(dir, "ca-cert.pem"))
+	a.replace(dir, "server", "later")
+	wantServed("without the authority", "after")
+	a.write(filepath.Join(dir, "ca-cert.pem"), "CERTIFICATE", a.cert.Raw)
+	wantServed("with everything", "later")
+	running.enterGo("disk")
+}
+
+// TestTLSClients: what other programs do with the same folder layout.
+func TestTLSClients(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	serverDir, _ := a.folder("server", "server")
+	clientDir, _ := a.folder("client", "alice")
+	otherDir, _ := a.folder("client", "mallory")
+	x := testExport()
+	x.Allow = []string{"alice"}
+	o := nbdserver.Options{TLS: loadTLS(t, serverDir, nbdserver.TLSOptions{Required: true, ClientCertificates: true})}
+	tcp, err := nbdserver.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix, err := nbdserver.Listen("unix", filepath.Join(t.TempDir(), "nbd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range []net.Listener{tcp, unix} {
+		uri := serve(t, l, o, x).URI(l.Addr(), "disk")
+		separator := "?"
+		if strings.Contains(uri, "?") {
+			separator = "&"
+		}
+		mine := uri + separator + "tls-certificates=" + clientDir
+		if got := strings.TrimSpace(string(run(t, "nbdinfo", "--size", mine))); got != fmt.Sprint(testSize) {
+			t.Errorf("nbdinfo %s: got size %s", mine, got)
+		}
+		to := filepath.Join(t.TempDir(), "copy")
+		if err := os.WriteFile(to, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "nbdcopy", mine, to)
+		if got, err := os.ReadFile(to); err != nil || !bytes.Equal(got, testBytes()) {
+			t.Errorf("nbdcopy %s: the copy differs, %v", mine, err)
+		}
+		for _, bad := range []string{
+			uri + separator + "tls-certificates=" + otherDir,
+			strings.Replace(mine, "nbds", "nbd", 1) + "&tls-type=x509",
+		} {
+			if out, err := exec.Command("nbdinfo", "--size", bad).CombinedOutput(); err == nil {
+				t.Errorf("nbdinfo %s: got %s", bad, out)
+			}
+		}
+		qemuImage := "driver=nbd,export=disk,tls-creds=tls,tls-hostname=localhost,"
+		if l == tcp {
+			_, port, _ := net.SplitHostPort(l.Addr().String())
+			qemuImage += "server.type=inet,server.host=127.0.0.1,server.port=" + port
+		} else {
+			qemuImage += "server.type=unix,server.path=" + l.Addr().String()
+		}
+		creds := func(dir string) string { return "tls-creds-x509,id=tls,endpoint=client,verify-peer=yes,dir=" + dir }
+		raw := filepath.Join(t.TempDir(), "raw")
+		run(t, "qemu-img", "convert", "--object", creds(clientDir), "--image-opts", "-O", "raw", qemuImage, raw)
+		got, err := os.ReadFile(raw)
+		if err != nil || !bytes.Equal(got[:testSize], testBytes()) {
+			t.Errorf("qemu-img convert over %v: the copy differs, %v", l.Addr(), err)
+		}
+		if out, err := exec.Command("qemu-img", "info", "--object", creds(otherDir), "--image-opts", qemuImage).CombinedOutput(); err == nil {
+			t.Errorf("qemu-img of another client: got %s", out)
+		}
+	}
+}
