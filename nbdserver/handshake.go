@@ -285,16 +285,6 @@ func (n *negotiation) list(data []byte) {
 	n.reply(wire.OptList, wire.RepAck, nil)
 }
 
-// transmissionFlags are the truth about a read-only export: there is nothing to
-// flush, so a flush is done at once, on all connections.
-func (n *negotiation) transmissionFlags() uint16 {
-	flags := wire.FlagHasFlags | wire.FlagReadOnly | wire.FlagSendFlush | wire.FlagCanMultiConn | wire.FlagSendCache
-	if n.structured {
-		flags |= wire.FlagSendDF
-	}
-	return flags
-}
-
 // exportName answers the one option that has no way to say no.
 //
 // Source: NBD doc/proto.md, "NBD_OPT_EXPORT_NAME"; its branch
@@ -308,7 +298,7 @@ func (n *negotiation) exportName(name string) (*choice, error) {
 		return nil, fmt.Errorf("%w: %.64q", ErrNotFound, name)
 	}
 	b := binary.BigEndian.AppendUint64(nil, uint64(x.size))
-	b = binary.BigEndian.AppendUint16(b, n.transmissionFlags())
+	b = binary.BigEndian.AppendUint16(b, x.transmissionFlags(n.structured, n.extended))
 	if !n.noZeroes {
 		b = append(b, make([]byte, 124)...)
 	}
@@ -363,7 +353,7 @@ func (n *negotiation) describe(option uint32, x *export, infos []uint16) {
 	}
 	info := func(kind uint16) []byte { return binary.BigEndian.AppendUint16(nil, kind) }
 	b := binary.BigEndian.AppendUint64(info(wire.InfoExport), uint64(x.size))
-	n.reply(option, wire.RepInfo, binary.BigEndian.AppendUint16(b, n.transmissionFlags()))
+	n.reply(option, wire.RepInfo, binary.BigEndian.AppendUint16(b, x.transmissionFlags(n.structured, n.extended)))
 	if slices.Contains(infos, wire.InfoName) {
 		n.reply(option, wire.RepInfo, append(info(wire.InfoName), x.Name...))
 	}
