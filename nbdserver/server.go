@@ -80,7 +80,9 @@ var (
 // is each number that is zero or less.
 type Options struct {
 	// MaxConnections is how many clients may be connected at once, over all
-	// listeners; further ones are closed at once. Default 128.
+	// listeners. A quarter of them, or 16, may be in the handshake. One more takes
+	// the place of whoever has been in the handshake longest, or is closed at once
+	// if nobody is. Default 1024.
 	MaxConnections int
 	// HandshakeTimeout is how long a client may take to choose an export.
 	// Default 10 s.
@@ -104,7 +106,7 @@ type Options struct {
 }
 
 func (o Options) withDefaults() Options {
-	o.MaxConnections = cmp.Or(max(o.MaxConnections, 0), 128)
+	o.MaxConnections = cmp.Or(max(o.MaxConnections, 0), 1024)
 	o.HandshakeTimeout = cmp.Or(max(o.HandshakeTimeout, 0), 10*time.Second)
 	o.DrainTimeout = cmp.Or(max(o.DrainTimeout, 0), 10*time.Second)
 	o.Workers = cmp.Or(max(o.Workers, 0), 16)
@@ -195,8 +197,8 @@ type export struct {
 // Server serves exports to NBD clients. Its methods may be called from many
 // goroutines at once.
 type Server struct {
-	options     Options
-	connections chan struct{} // holds a token for each connection
+	options Options
+	places  *places
 
 	mu      sync.Mutex // guards exports
 	exports map[string]*export
@@ -206,9 +208,9 @@ type Server struct {
 func New(o Options) *Server {
 	o = o.withDefaults()
 	return &Server{
-		options:     o,
-		connections: make(chan struct{}, o.MaxConnections),
-		exports:     map[string]*export{},
+		options: o,
+		places:  newPlaces(o.MaxConnections),
+		exports: map[string]*export{},
 	}
 }
 
@@ -322,23 +324,30 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		case err != nil:
 			return fmt.Errorf("accept on %v: %w", l.Addr(), err)
 		}
-		select {
-		case s.connections <- struct{}{}:
-			clients.Go(func() {
-				defer func() { <-s.connections }()
-				s.serveClient(ctx, nc)
-			})
-		default:
+		place := s.places.take(ctx, nc)
+		if place == nil {
 			s.options.Log.WarnContext(ctx, "too many clients", slog.Int("limit", s.options.MaxConnections))
 			nc.Close()
+			continue
 		}
+		clients.Go(func() {
+			defer place.leave()
+			err := s.serveClient(ctx, nc, place.settle)
+			s.options.Log.DebugContext(ctx, "client gone", slog.String("client", clientName(nc)), slog.Any("error", err))
+		})
 	}
 }
 
 // ServeConn serves one client that is connected already, until it leaves or ctx
 // is done, as Serve does. It closes nc. The error says why the client had to be
-// dropped; it is nil also for one that left without choosing an export.
+// dropped; it is nil also for one that left without choosing an export. The
+// client does not count towards Options.MaxConnections.
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
+	return s.serveClient(ctx, nc, func() {})
+}
+
+// serveClient is ServeConn that calls settled when the handshake is over.
+func (s *Server) serveClient(ctx context.Context, nc net.Conn, settled func()) error {
 	n := newNegotiation(s, nc)
 	defer func() { n.conn.Close() }() // with TLS's farewell if it was started
 	proceed := context.AfterFunc(ctx, func() { nc.Close() })
@@ -351,18 +360,13 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		return nil
 	}
 	defer chosen.export.users.Done()
+	settled()
 	if !proceed() {
 		return nil
 	}
 	log := s.options.Log.With(slog.String("client", clientName(nc)), slog.String("export", chosen.export.Name))
 	log.DebugContext(ctx, "client connected", slog.Bool("tls", n.encrypted))
 	return newConn(s.options, n.conn, n.in, *chosen, log).serve(ctx)
-}
-
-// serveClient is ServeConn for a client of a listener.
-func (s *Server) serveClient(ctx context.Context, nc net.Conn) {
-	err := s.ServeConn(ctx, nc)
-	s.options.Log.DebugContext(ctx, "client gone", slog.String("client", clientName(nc)), slog.Any("error", err))
 }
 
 // clientName is the client's address for logs; a connection that broke before

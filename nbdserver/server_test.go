@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -121,37 +119,6 @@ func TestRemove(t *testing.T) {
 	}
 	if r := other.ask(request{command: cmdRead, length: 512}, true); r.errno != 0 {
 		t.Errorf("a client of another export: got error %d", r.errno)
-	}
-}
-
-func TestMaxConnections(t *testing.T) {
-	t.Parallel()
-	socket := start(t, nbdserver.Options{MaxConnections: 2, Log: slog.New(slog.DiscardHandler)}, testExport())
-	first, _ := dial(t, socket).enter("disk", true), dial(t, socket)
-	c, err := net.Dial("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	if p, err := io.ReadAll(c); len(p) > 0 {
-		t.Errorf("the third client: got %q, %v, want to be closed", p, err)
-	}
-	first.send(request{command: cmdDisc}.wire())
-	first.wantClosed()
-	for { // the place becomes free a moment after the connection is closed
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p := make([]byte, greetingLength)
-		_, err = io.ReadFull(c, p)
-		c.Close()
-		if err == nil {
-			break
-		}
-		if t.Context().Err() != nil {
-			t.Fatal("no place became free")
-		}
 	}
 }
 
