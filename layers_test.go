@@ -38,6 +38,7 @@ var layers = map[string][]string{
 // testLayers are imports that only the tests of a part may add.
 var testLayers = map[string][]string{
 	"blockstore":        {"internal/faultfs"},
+	"nbdserver":         {"systemd"},
 	"nbdserver/overlay": {"internal/faultfs"},
 	"ingest":            {"internal/faultfs"},
 	"appliance":         {"internal/faultfs"},

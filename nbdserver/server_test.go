@@ -26,6 +26,9 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv("NBDSERVER_TEST_ABANDON"); path != "" {
 		abandonSocket(path)
 	}
+	if os.Getenv("NBDSERVER_TEST_ACTIVATED") != "" {
+		activated()
+	}
 	code := m.Run()
 	var stacks []byte
 	for range 50 {
