@@ -6,29 +6,19 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"syscall"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
 const (
-	// allocationID is the id of base:allocation on every connection.
-	allocationID = 1
-	// maxDescriptors bounds a block status reply, and maxPieces what is read of
-	// the disk's map for one.
-	maxDescriptors = 1 << 16
-	maxPieces      = 1 << 16
 	// smallRead is the length up to which a read looks for zeros in the bytes
 	// and not in the disk's map, which costs more.
 	smallRead = 16 << 10
 	// minHole is the shortest hole inside a read that gets a chunk of its own.
 	minHole = 4 << 10
-	// dataChunkLen and holeChunkLen are the lengths in bytes of what surrounds
-	// the data of a chunk, and of a whole chunk for a hole.
-	dataChunkLen = wire.ChunkLen + 8
-	holeChunkLen = wire.ChunkLen + 12
-	// cacheStep is how much of the disk a CACHE command reads at a time.
-	cacheStep = 1 << 20
 )
 
 // problem is why a request fails: what the client is told.
@@ -40,193 +30,316 @@ type problem struct {
 var (
 	problemReadOnly = &problem{wire.EPERM, "the export is read-only"}
 	problemPastEnd  = &problem{wire.EINVAL, "the request reaches past the end of the export"}
+	problemNoSpace  = &problem{wire.ENOSPC, "the request reaches past the end of the export"}
 	problemFlags    = &problem{wire.EINVAL, "a command flag is unknown or does not apply"}
 	problemCommand  = &problem{wire.EINVAL, "unknown command"}
 	problemFlush    = &problem{wire.EINVAL, "a flush has no offset and no length"}
 	problemContext  = &problem{wire.EINVAL, "no metadata context was negotiated"}
+	problemContexts = &problem{wire.EINVAL, "the payload does not name some of the negotiated metadata contexts"}
 	problemNoLength = &problem{wire.EINVAL, "the request has no length"}
-	problemDisk     = &problem{wire.EIO, "the disk could not be read"}
+	problemNotFast  = &problem{wire.ENOTSUP, "writing zeros without a hole is not fast"}
+	problemDisk     = &problem{wire.EIO, "the disk could not be read or written"}
+	problemFull     = &problem{wire.ENOSPC, "the disk has no room"}
+	problemDenied   = &problem{wire.EPERM, "the disk cannot be changed"}
+	problemShutdown = &problem{wire.ESHUTDOWN, "the export is being removed, or the server stops"}
+	problemTooLong  = &problem{wire.EINVAL, fmt.Sprintf("the request is longer than %d bytes", wire.MaxPayload)}
+	problemOverflow = &problem{wire.EOVERFLOW, problemTooLong.message}
 )
 
-// replySize returns how many bytes of memory the reply to r may take at most,
-// beyond requestCost.
-func (c *conn) replySize(r wire.Request) int64 {
-	if c.check(r) != nil {
-		return 0
+// problemOf translates a disk's error.
+func problemOf(err error) *problem {
+	for _, e := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if errors.Is(err, e) {
+			return problemFull
+		}
 	}
-	switch r.Command {
+	for _, e := range []error{syscall.EPERM, syscall.EROFS} {
+		if errors.Is(err, e) {
+			return problemDenied
+		}
+	}
+	return problemDisk
+}
+
+// flags returns the flags that a command may have, and false if it is unknown.
+func (c *conn) flags(command uint16) (uint16, bool) {
+	allowed := uint16(0)
+	if c.writer != nil {
+		allowed = wire.CmdFlagFUA // without effect on a command that writes nothing
+	}
+	switch command {
 	case wire.CmdRead:
-		return int64(r.Length)
-	case wire.CmdCache:
-		return min(int64(r.Length), cacheStep)
+		if c.structured {
+			allowed |= wire.CmdFlagDF
+		}
+	case wire.CmdWrite:
+		if c.extended {
+			allowed |= wire.CmdFlagPayloadLen
+		}
+	case wire.CmdWriteZeroes:
+		allowed |= wire.CmdFlagNoHole | wire.CmdFlagFastZero
 	case wire.CmdBlockStatus:
-		return 4 * wire.DescriptorLen * min(int64(r.Length), maxDescriptors) // the extents and their encoding
+		allowed |= wire.CmdFlagReqOne
+		if c.extended {
+			allowed |= wire.CmdFlagPayloadLen
+		}
+	case wire.CmdFlush, wire.CmdTrim, wire.CmdCache:
+	default:
+		return 0, false
 	}
-	return 0
+	return allowed, true
 }
 
 // check returns why r must fail without a look at the disk, or nil.
+//
+// Source: NBD doc/proto.md, "Error values".
 func (c *conn) check(r wire.Request) *problem {
-	allowed := uint16(0)
-	switch r.Command {
-	case wire.CmdRead:
-		if c.structured {
-			allowed = wire.CmdFlagDF
-		}
-	case wire.CmdBlockStatus:
-		allowed = wire.CmdFlagReqOne
-	case wire.CmdCache, wire.CmdFlush:
-	case wire.CmdWrite, wire.CmdTrim, wire.CmdWriteZeroes:
-		return problemReadOnly
-	default:
-		return problemCommand
-	}
+	allowed, known := c.flags(r.Command)
+	writes := r.Command == wire.CmdWrite || r.Command == wire.CmdTrim || r.Command == wire.CmdWriteZeroes
 	switch {
+	case !known:
+		return problemCommand
+	case writes && c.writer == nil:
+		return problemReadOnly
 	case r.Flags&^allowed != 0:
 		return problemFlags
+	case r.Flags&wire.CmdFlagPayloadLen != 0 && r.Command == wire.CmdBlockStatus:
+		return nil // what is asked for stands in the payload
 	case r.Command == wire.CmdFlush && (r.Offset != 0 || r.Length != 0):
 		return problemFlush
+	}
+	return c.checkRange(r)
+}
+
+// checkRange is the part of check that concerns offset and length.
+func (c *conn) checkRange(r wire.Request) *problem {
+	const fastNoHole = wire.CmdFlagFastZero | wire.CmdFlagNoHole
+	switch {
+	case !r.Inside(c.export.size) && (r.Command == wire.CmdWrite || r.Command == wire.CmdWriteZeroes):
+		return problemNoSpace
 	case !r.Inside(c.export.size):
 		return problemPastEnd
+	case r.Command == wire.CmdWriteZeroes && r.Flags&fastNoHole == fastNoHole:
+		return problemNotFast
 	case r.Command == wire.CmdBlockStatus && len(c.contexts) == 0:
 		return problemContext
 	case r.Command == wire.CmdBlockStatus && r.Length == 0:
 		return problemNoLength
-	case r.Command != wire.CmdBlockStatus && r.Length > wire.MaxPayload:
-		return c.tooLong()
+	case (r.Command == wire.CmdRead || r.Command == wire.CmdCache) && r.Length > wire.MaxPayload:
+		if c.structured {
+			return problemOverflow
+		}
+		return problemTooLong // clients without structured replies do not expect EOVERFLOW
 	}
 	return nil
 }
 
-// tooLong is the answer to a READ or CACHE beyond the maximum payload. Clients without structured
-// replies do not expect EOVERFLOW.
-func (c *conn) tooLong() *problem {
-	p := &problem{wire.EINVAL, fmt.Sprintf("the request is longer than %d bytes", wire.MaxPayload)}
-	if c.structured {
-		p.errno = wire.EOVERFLOW
+// laneCost is what a job takes of the lane.
+func (j job) laneCost() int64 { return bufferCost(int(j.length)) - headerRoom }
+
+// perform executes a job, notes whether the disk was quick, and queues the
+// reply. The caller has taken what the job needs; the slot is given back here.
+func (c *conn) perform(ctx context.Context, j job) {
+	b := j.payload
+	if b == nil {
+		room := j.length
+		if j.need > 0 {
+			room = j.need - headerRoom
+		}
+		b = newBuffer(int(room))
+		b.cost = j.need
+	}
+	if j.whole {
+		b.lane = j.laneCost()
+	}
+	p := j.problem
+	if p == nil {
+		began := time.Now()
+		err := c.execute(ctx, j, b)
+		if j.length <= smallReply && (j.Command == wire.CmdRead || j.Command == wire.CmdWrite) {
+			c.note(time.Since(began))
+		}
+		c.export.slots.leave()
+		p = c.problem(ctx, j, err)
+	}
+	c.answer(j, b, p)
+}
+
+// note counts how often in a row the disk was quick.
+func (c *conn) note(took time.Duration) {
+	if took > quickly {
+		c.quick.Store(0)
+	} else if c.quick.Load() < quickRun {
+		c.quick.Add(1)
+	}
+}
+
+// problem translates what execute returned, and logs the first error of a
+// request.
+func (c *conn) problem(ctx context.Context, j job, err error) *problem {
+	if err == nil {
+		return nil
+	}
+	p := problemOf(err)
+	first := j.parts == nil || j.parts.problem.CompareAndSwap(nil, p)
+	if first && ctx.Err() == nil {
+		c.log.ErrorContext(ctx, "cannot use an export's disk", slog.Int("command", int(j.Command)), slog.Uint64("offset", j.Offset),
+			slog.Uint64("length", j.Length), slog.Any("error", err))
 	}
 	return p
 }
 
-// execute carries out a request and returns the whole reply.
-func (c *conn) execute(ctx context.Context, r wire.Request) *buffer {
-	if p := c.check(r); p != nil {
-		return c.failure(r, p)
+// answer queues the reply to a job, which b holds unless there is a problem.
+func (c *conn) answer(j job, b *buffer, p *problem) {
+	if j.payload != nil {
+		if j.parts != nil && j.parts.left.Add(-1) > 0 {
+			c.queue.give(b.cost)
+			b.free()
+			return
+		}
+		if j.parts != nil {
+			p = j.parts.problem.Load()
+		}
+		j.parts = nil
 	}
-	var b *buffer
-	var err error
 	switch {
-	case r.Command == wire.CmdRead && r.Length > 0:
-		b, err = c.read(ctx, r)
-	case r.Command == wire.CmdBlockStatus:
-		b, err = c.blockStatus(ctx, r)
-	case r.Command == wire.CmdCache:
-		b, err = c.cache(r)
-	default:
-		b = c.success(r)
+	case p != nil:
+		b.b = b.b[:0]
+		c.fail(b, j, p)
+	case len(b.b) == 0 && j.parts == nil:
+		c.succeed(b, j.Request)
 	}
-	if err != nil && ctx.Err() != nil {
-		return c.failure(r, problemDisk) // nobody is there to receive it
+	if b.lane == 0 {
+		b = c.shrink(b)
 	}
-	if err != nil {
-		c.log.ErrorContext(ctx, "cannot read an export's disk", slog.Uint64("offset", r.Offset),
-			slog.Uint64("length", uint64(r.Length)), slog.Any("error", err))
-		return c.failure(r, problemDisk)
+	if j.parts != nil {
+		c.out.addPart(b, j.parts, func(b *buffer) { c.chunk(b, j.Request, wire.ChunkNone, 0) })
+		return
 	}
-	return b
+	if c.structured {
+		b.done()
+	}
+	c.out.add(b)
 }
 
-// success is the reply to a request that has nothing to say.
-func (c *conn) success(r wire.Request) *buffer {
-	b := newBuffer(wire.ChunkLen)
+// shrink moves a reply to a smaller buffer if it does not fill half of the one
+// that it is in.
+func (c *conn) shrink(b *buffer) *buffer {
+	cost := bufferCost(len(b.b))
+	if cost > b.cost/2 {
+		return b
+	}
+	small := newBuffer(len(b.b))
+	small.b = append(small.b, b.b...)
+	small.last, small.cost = b.last, cost
+	c.queue.give(b.cost - cost)
+	b.free()
+	return small
+}
+
+// execute carries out a job and fills b with the reply; one that just says that
+// all went well may be left empty.
+func (c *conn) execute(ctx context.Context, j job, b *buffer) error {
+	if j.parts != nil && j.parts.problem.Load() != nil {
+		return nil // the client knows, or will
+	}
+	switch j.Command {
+	case wire.CmdRead:
+		return c.read(ctx, j, b)
+	case wire.CmdBlockStatus:
+		return c.blockStatus(ctx, j, b)
+	case wire.CmdCache:
+		return c.cache(ctx, j, b)
+	case wire.CmdWrite:
+		return c.write(j, b)
+	case wire.CmdTrim:
+		return c.change(j, c.writer.Trim)
+	case wire.CmdWriteZeroes:
+		return c.writeZeroes(ctx, j)
+	}
+	return c.sync() // a flush
+}
+
+// chunk appends the header of a chunk whose payload has n bytes.
+func (c *conn) chunk(b *buffer, r wire.Request, kind uint16, n int) {
+	b.last = len(b.b)
+	if c.extended {
+		b.b = wire.AppendExtendedChunk(b.b, 0, kind, r.Cookie, r.Offset, n)
+	} else {
+		b.b = wire.AppendChunk(b.b, 0, kind, r.Cookie, n)
+	}
+}
+
+// succeed fills b with a reply that has nothing to say.
+func (c *conn) succeed(b *buffer, r wire.Request) {
 	if c.structured {
-		b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkNone, r.Cookie, 0)
+		c.chunk(b, r, wire.ChunkNone, 0)
 	} else {
 		b.b = wire.AppendSimple(b.b, 0, r.Cookie)
 	}
-	return b
 }
 
-// failure is an error reply.
+// fail fills b with an error. A part of a reply tells where it is.
 //
-// Source: NBD doc/proto.md, "NBD_REPLY_TYPE_ERROR".
-func (c *conn) failure(r wire.Request, p *problem) *buffer {
-	b := newBuffer(wire.ChunkLen + 6 + len(p.message))
+// Source: NBD doc/proto.md, "NBD_REPLY_TYPE_ERROR" and "NBD_REPLY_TYPE_ERROR_OFFSET".
+func (c *conn) fail(b *buffer, j job, p *problem) {
 	if !c.structured {
-		b.b = wire.AppendSimple(b.b, p.errno, r.Cookie)
-		return b
+		b.b = wire.AppendSimple(b.b, p.errno, j.Cookie)
+		return
 	}
-	b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkError, r.Cookie, 6+len(p.message))
+	if j.parts != nil {
+		c.chunk(b, j.Request, wire.ChunkErrorOffset, 14+len(p.message))
+	} else {
+		c.chunk(b, j.Request, wire.ChunkError, 6+len(p.message))
+	}
 	b.b = binary.BigEndian.AppendUint32(b.b, uint32(p.errno))
 	b.b = binary.BigEndian.AppendUint16(b.b, uint16(len(p.message)))
 	b.b = append(b.b, p.message...)
-	return b
+	if j.parts != nil {
+		b.b = binary.BigEndian.AppendUint64(b.b, uint64(j.off))
+	}
 }
 
 // read answers NBD_CMD_READ: in one simple reply, in one chunk, or in chunks of
 // data and holes.
-func (c *conn) read(ctx context.Context, r wire.Request) (*buffer, error) {
-	whole := image.Extent{Off: int64(r.Offset), Len: int64(r.Length)}
+func (c *conn) read(ctx context.Context, j job, b *buffer) error {
+	whole := image.Extent{Off: j.off, Len: j.length}
 	switch {
+	case j.length == 0:
+		return nil
 	case !c.structured:
-		b := newBuffer(wire.SimpleLen + int(r.Length))
-		b.b = wire.AppendSimple(b.b, 0, r.Cookie)
-		return c.fill(b, whole)
-	case r.Flags&wire.CmdFlagDF != 0 || r.Length <= smallRead:
-		b, err := c.readChunks(r, []image.Extent{whole})
-		if err == nil && r.Length <= smallRead && image.IsZero(b.b[dataChunkLen:]) {
-			b.b = appendHole(b.b[:0], wire.ChunkFlagDone, r.Cookie, whole)
+		b.b = wire.AppendSimple(b.b, 0, j.Cookie)
+		return image.ReadFull(c.export.Disk, b.extend(int(j.length)), j.off)
+	case j.Flags&wire.CmdFlagDF == 0 && j.length > smallRead:
+		for _, e := range c.runs(ctx, whole) {
+			if err := c.readRun(j.Request, e, b); err != nil {
+				return err
+			}
 		}
-		return b, err
-	default:
-		return c.readChunks(r, c.runs(ctx, whole))
+		return nil
 	}
+	err := c.readRun(j.Request, whole, b)
+	if err == nil && j.length <= smallRead && image.IsZero(b.b[len(b.b)-int(j.length):]) {
+		b.b = b.b[:0]
+		whole.Zero = true
+		err = c.readRun(j.Request, whole, b)
+	}
+	return err
 }
 
-// fill appends the disk's bytes of e to b, which has room for them. It frees b
-// when it fails.
-func (c *conn) fill(b *buffer, e image.Extent) (*buffer, error) {
-	if err := image.ReadFull(c.export.Disk, b.extend(int(e.Len)), e.Off); err != nil {
-		b.free()
-		return nil, err
-	}
-	return b, nil
-}
-
-// readChunks builds a structured reply of one chunk for each run.
-func (c *conn) readChunks(r wire.Request, runs []image.Extent) (*buffer, error) {
-	size := 0
-	for _, e := range runs {
-		if e.Zero {
-			size += holeChunkLen
-		} else {
-			size += dataChunkLen + int(e.Len)
-		}
-	}
-	b := newBuffer(size)
-	for i, e := range runs {
-		flags := uint16(0)
-		if i == len(runs)-1 {
-			flags = wire.ChunkFlagDone
-		}
-		if e.Zero {
-			b.b = appendHole(b.b, flags, r.Cookie, e)
-			continue
-		}
-		b.b = wire.AppendChunk(b.b, flags, wire.ChunkOffsetData, r.Cookie, 8+int(e.Len))
+// readRun appends a chunk for a range that is sent as data or as a hole.
+//
+// Source: NBD doc/proto.md, "NBD_REPLY_TYPE_OFFSET_DATA" and "NBD_REPLY_TYPE_OFFSET_HOLE".
+func (c *conn) readRun(r wire.Request, e image.Extent, b *buffer) error {
+	if e.Zero {
+		c.chunk(b, r, wire.ChunkOffsetHole, 12)
 		b.b = binary.BigEndian.AppendUint64(b.b, uint64(e.Off))
-		var err error
-		if b, err = c.fill(b, e); err != nil {
-			return nil, err
-		}
+		b.b = binary.BigEndian.AppendUint32(b.b, uint32(e.Len))
+		return nil
 	}
-	return b, nil
-}
-
-func appendHole(b []byte, flags uint16, cookie uint64, e image.Extent) []byte {
-	b = wire.AppendChunk(b, flags, wire.ChunkOffsetHole, cookie, 12)
-	b = binary.BigEndian.AppendUint64(b, uint64(e.Off))
-	return binary.BigEndian.AppendUint32(b, uint32(e.Len))
+	c.chunk(b, r, wire.ChunkOffsetData, 8+int(e.Len))
+	b.b = binary.BigEndian.AppendUint64(b.b, uint64(e.Off))
+	return image.ReadFull(c.export.Disk, b.extend(int(e.Len)), e.Off)
 }
 
 // runs cuts a range into what is sent as data and as holes. Whatever the disk's
@@ -256,82 +369,33 @@ func (c *conn) runs(ctx context.Context, whole image.Extent) []image.Extent {
 	return runs
 }
 
-// blockStatus answers NBD_CMD_BLOCK_STATUS with as many extents as fit.
-//
-// Source: NBD doc/proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS".
-func (c *conn) blockStatus(ctx context.Context, r wire.Request) (*buffer, error) {
-	limit := maxDescriptors
-	if r.Flags&wire.CmdFlagReqOne != 0 {
-		limit = 1
-	}
-	extents, err := c.extents(ctx, r, limit)
-	if err != nil {
-		return nil, err
-	}
-	payload := 4 + wire.DescriptorLen*len(extents)
-	b := newBuffer(wire.ChunkLen + payload)
-	b.b = wire.AppendChunk(b.b, wire.ChunkFlagDone, wire.ChunkBlockStatus, r.Cookie, payload)
-	b.b = binary.BigEndian.AppendUint32(b.b, allocationID)
-	for _, e := range extents {
-		state := uint32(0)
-		if e.Zero {
-			state = wire.StateHole | wire.StateZero
+// cache answers NBD_CMD_CACHE: it has the disk prefetch the range or, if that
+// cannot be, reads it, which warms the caches below.
+func (c *conn) cache(ctx context.Context, j job, b *buffer) error {
+	if c.streams.disk != nil {
+		if j.length > 0 {
+			c.streams.disk.Prefetch(j.off, j.length)
 		}
-		b.b = binary.BigEndian.AppendUint32(b.b, uint32(e.Len))
-		b.b = binary.BigEndian.AppendUint32(b.b, state)
+		return nil
 	}
-	return b, nil
+	for pos := j.off; pos < j.off+j.length; pos += pieceLen {
+		if err := c.pause(ctx, pos > j.off); err != nil {
+			return err
+		}
+		p := b.b[:min(pieceLen, j.off+j.length-pos)]
+		if err := image.ReadFull(c.export.Disk, p, pos); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-var errMap = errors.New("the disk's map has a gap")
-
-// extents returns 1 to limit extents of the disk from the request's offset on,
-// neighbours merged, and reads no more of the disk's map than that takes. They
-// may end before the request does: clients ask again for the rest, and meet an
-// error of the map then.
-func (c *conn) extents(ctx context.Context, r wire.Request, limit int) ([]image.Extent, error) {
-	var found []image.Extent
-	pos, pieces := int64(r.Offset), 0
-	for e, err := range c.export.Disk.Extents(ctx, pos, int64(r.Length)) {
-		if err == nil && e.Off != pos {
-			err = errMap
-		}
-		if err != nil && len(found) == 0 {
-			return nil, err
-		}
-		if err != nil {
-			return found, nil
-		}
-		e.Len = min(e.Len, r.End()-pos)
-		switch n := len(found); {
-		case n > 0 && found[n-1].Zero == e.Zero:
-			found[n-1].Len += e.Len
-		case n == limit:
-			return found, nil
-		case e.Len > 0:
-			found = append(found, e)
-		}
-		pos = e.End()
-		if pieces++; pieces == maxPieces || pos == r.End() {
-			break
-		}
+// pause lets others use the disk between two steps of a long operation. It fails
+// when ctx is done.
+func (c *conn) pause(ctx context.Context, between bool) error {
+	if err := ctx.Err(); err != nil || !between {
+		return err
 	}
-	if len(found) == 0 {
-		return nil, errMap
-	}
-	return found, nil
-}
-
-// cache answers NBD_CMD_CACHE by reading the range, which warms the caches
-// below.
-func (c *conn) cache(r wire.Request) (*buffer, error) {
-	b := newBuffer(int(min(r.Length, cacheStep)))
-	for pos := int64(r.Offset); pos < r.End(); pos += cacheStep {
-		b.b = b.b[:0]
-		if _, err := c.fill(b, image.Extent{Off: pos, Len: min(cacheStep, r.End()-pos)}); err != nil {
-			return nil, err
-		}
-	}
-	b.free()
-	return c.success(r), nil
+	c.export.slots.leave()
+	return c.export.slots.enter(context.WithoutCancel(ctx))
 }

@@ -8,98 +8,140 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
-// requestCost is what a request weighs in the budget besides its payload. It
-// bounds how many small replies may wait for a client that does not read.
-const requestCost = 4 << 10
-
-// sendBuffer is the buffer in bytes of a unix socket: room for a few replies of
-// the length that copying clients ask for, so that the writer seldom sleeps. The
-// system may grant less.
-const sendBuffer = 2 << 20
+const (
+	// sendBuffer is the buffer in bytes of a unix socket: room for a few replies of
+	// the length that copying clients ask for, so that the writer seldom sleeps. The
+	// system may grant less.
+	sendBuffer = 2 << 20
+	// quietTime is how long a client must not have asked anything for its
+	// connection to end when the export does.
+	quietTime = 100 * time.Millisecond
+	// closingTime is how long requests may stay in a disk after their connection
+	// was closed before they are left to themselves.
+	closingTime = time.Second
+)
 
 // conn is a client in the transmission phase.
 type conn struct {
 	choice
 	options Options
+	writer  image.Writer // nil if the export is read-only
 	net     net.Conn
-	out     *replyQueue
+	lane    *semaphore.Weighted
+	queue   schedule
+	out     replyQueue
 	log     *slog.Logger
 
 	// Owned by the reader.
-	in      *bufio.Reader
-	jobs    chan job // to the workers
-	started int      // workers
+	in         *bufio.Reader
+	held       bool // replies may wait for a flush
+	streams    streams
+	quietSince time.Time // while the connection drains
+	sentBefore int64     // replies sent, when that was last looked at
 
-	budget  *semaphore.Weighted
-	pending atomic.Int64 // requests handed to workers whose reply is not queued yet
-	quick   atomic.Int64 // requests that were quick since the last that was not, up to quickRun
-	relief  *relief
-	readers sync.WaitGroup // the reader, and those who were and still execute a request
-	workers sync.WaitGroup
+	draining atomic.Bool
+	quick    atomic.Int64 // requests that were quick since the last that was not, up to quickRun
+	relief   *relief
+	readers  sync.WaitGroup // the reader, and those who were and still execute a request
 }
 
-// job is a request with the bytes of the budget that it holds.
-type job struct {
-	wire.Request
-	cost int64
-}
-
-func newConn(o Options, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.Logger) *conn {
+func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.Logger) *conn {
 	c := &conn{
-		choice: chosen, options: o, net: nc, in: in, log: log,
-		jobs:   make(chan job),
-		budget: semaphore.NewWeighted(o.Budget),
+		choice: chosen, options: s.options, writer: chosen.export.writer(), net: nc, lane: s.lane, in: in, log: log,
 	}
-	c.out = &replyQueue{conn: nc, release: c.budget.Release}
+	c.queue.memory = account{pool: s.memory, credit: bufferCost(pieceLen)}
+	c.queue.limit = s.options.Workers
+	c.out.conn = nc
+	c.out.release = func(cost, lane int64) {
+		if lane > 0 {
+			c.lane.Release(lane)
+		}
+		c.queue.give(cost)
+	}
+	c.streams.disk, _ = chosen.export.Disk.(Prefetcher)
+	c.streams.size = chosen.export.size
 	return c
 }
 
-// serve answers requests until the client leaves, its export is removed or ctx
-// is done, and returns after the last reply. The error says why the client had
+// serve answers requests until the client leaves, or its export is removed or ctx
+// is done and the client is quiet, or Options.DrainTimeout after one of that. It
+// returns after the last reply, and ends the use of the export's disk: before it
+// returns, or later if it returns ErrBusy. Any other error says why the client had
 // to be dropped.
 func (c *conn) serve(ctx context.Context) error {
 	if u, ok := c.net.(*net.UnixConn); ok {
 		_ = u.SetWriteBuffer(sendBuffer) // a smaller one is only slower
 	}
-	// reading ends when no further request shall be taken, working when no
-	// reply can reach the client any more.
-	reading, stopReading := context.WithCancel(ctx)
-	defer stopReading()
-	working, stopWorking := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopWorking()
-	defer context.AfterFunc(c.export.removed, stopReading)() //nolint:contextcheck // the export's end is no child of this call's
-	defer context.AfterFunc(reading, func() {
-		now := time.Now()
-		c.net.SetReadDeadline(now)
-		c.net.SetWriteDeadline(now.Add(c.options.DrainTimeout))
-	})()
-	c.out.failed = func() { stopWorking(); stopReading() }
+	// working ends when no reply can reach the client any more.
+	working, stop := context.WithCancel(context.WithoutCancel(ctx))
+	aborted := make(chan struct{})
+	abort := sync.OnceFunc(func() { stop(); c.net.Close(); close(aborted) })
+	defer abort()
+	c.out.failed = func() { stop(); c.net.Close() }
+	timer := time.AfterFunc(c.options.DrainTimeout, abort)
+	timer.Stop()
+	defer timer.Stop()
+	last := sync.OnceFunc(func() { timer.Reset(c.options.DrainTimeout) })
+	drain := func() {
+		last()
+		c.draining.Store(true)
+		c.net.SetReadDeadline(time.Now().Add(quietTime))
+	}
+	defer context.AfterFunc(ctx, drain)()
+	defer context.AfterFunc(c.export.removed, drain)() //nolint:contextcheck // the export's end is no child of this call's
 
-	ended := make(chan error, 1)
+	c.queue.work = func(next func() (job, bool)) { c.work(working, next) }
+	read := make(chan error, 1)
 	startReader := func() {
 		c.readers.Go(func() {
-			if err := c.receive(reading, working); !errors.Is(err, errRelieved) {
-				ended <- err
+			if err := c.receive(working); !errors.Is(err, errRelieved) {
+				read <- err
 			}
 		})
 	}
 	c.relief = newRelief(startReader)
 	startReader()
-	err := <-ended
+	err := <-read
 	c.relief.timer.Stop()
-	close(c.jobs)
-	c.readers.Wait()
-	c.workers.Wait()
-	return err
+	last()
+	return c.end(err, aborted)
+}
+
+// end waits for what is being executed, until closingTime after aborted is
+// closed.
+func (c *conn) end(err error, aborted <-chan struct{}) error {
+	idle := make(chan struct{})
+	go func() {
+		c.readers.Wait()
+		c.queue.started.Wait()
+		c.queue.close()
+		c.export.users.Done()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+		return err
+	case <-aborted:
+	}
+	select {
+	case <-idle:
+		return err
+	case <-time.After(closingTime):
+		c.export.stuck.Add(1)
+		go func() { <-idle; c.export.stuck.Add(-1) }()
+		return fmt.Errorf("%w: export %q", ErrBusy, c.export.Name)
+	}
 }
 
 var errRelieved = errors.New("another goroutine has become the reader")
@@ -108,99 +150,303 @@ var errRelieved = errors.New("another goroutine has become the reader")
 // while the disk is quick; the replies to those leave when no further request
 // has arrived. It returns when there is nothing more to read, or with
 // errRelieved.
-func (c *conn) receive(reading, working context.Context) error {
-	held := true // replies may wait for a flush; a reader before may have left some
-	flush := func() {
-		if held {
-			c.out.flush(false)
-			held = false
-		}
-	}
-	flush()
-	defer flush()
+func (c *conn) receive(ctx context.Context) error {
+	c.held = true // a reader before may have left some
+	c.flush()
 	for {
-		r, err := readRequest(c.in)
-		if err != nil {
+		r, err := c.readRequest()
+		if err == nil && r.Command != wire.CmdDisc {
+			err = c.accept(ctx, r)
+		}
+		if err != nil || r.Command == wire.CmdDisc {
+			if !errors.Is(err, errRelieved) {
+				c.flush()
+			}
 			return ignoreEOF(err)
 		}
-		switch r.Command {
-		case wire.CmdDisc:
-			return nil
-		case wire.CmdWrite:
-			flush()
-			if r.Length > wire.MaxPayload {
-				return fmt.Errorf("%w: a write of %d bytes", wire.ErrProtocol, r.Length)
-			}
-			if _, err := c.in.Discard(int(r.Length)); err != nil {
+	}
+}
+
+// flush sends the replies that the reader holds back.
+func (c *conn) flush() {
+	if c.held {
+		c.out.flush(false)
+		c.held = false
+	}
+}
+
+// headerLen is the length of a request's header.
+func (c *conn) headerLen() int {
+	if c.extended {
+		return wire.ExtendedRequestLen
+	}
+	return wire.RequestLen
+}
+
+// readRequest reads one request header. It returns io.EOF when the client hung
+// up between requests, or is quiet when it shall.
+func (c *conn) readRequest() (wire.Request, error) {
+	n := c.headerLen()
+	if c.draining.Load() {
+		c.net.SetReadDeadline(time.Now().Add(quietTime))
+	}
+	p, err := c.in.Peek(n)
+	for err != nil {
+		if !c.timedOut(err) {
+			return wire.Request{}, err
+		}
+		if c.quiet() {
+			return wire.Request{}, io.EOF
+		}
+		p, err = c.in.Peek(n)
+	}
+	r, err := wire.DecodeRequest(p, c.extended)
+	if err != nil {
+		return wire.Request{}, err
+	}
+	if c.draining.Load() {
+		c.quietSince = time.Now()
+	}
+	_, err = c.in.Discard(n)
+	return r, err
+}
+
+// timedOut reports whether reading failed just because of a deadline that drain
+// or quiet has set.
+func (c *conn) timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
+
+// quiet reports whether nothing has been asked, executed or answered for
+// quietTime. If not, it sets the deadline for the next look.
+func (c *conn) quiet() bool {
+	now := time.Now()
+	if sent := c.out.sent.Load(); sent != c.sentBefore || !c.queue.idle() || !c.out.idle() || c.quietSince.IsZero() {
+		c.sentBefore = sent
+		c.quietSince = now
+	}
+	if now.Sub(c.quietSince) >= quietTime {
+		return true
+	}
+	c.net.SetReadDeadline(c.quietSince.Add(quietTime))
+	return false
+}
+
+// readFull fills p with a payload. That the connection drains does not hurry the
+// client.
+func (c *conn) readFull(p []byte) error {
+	for len(p) > 0 {
+		n, err := io.ReadFull(c.in, p)
+		p = p[n:]
+		if err != nil && c.timedOut(err) {
+			err = c.net.SetReadDeadline(time.Time{})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// discard reads a payload that nobody wants.
+func (c *conn) discard(n int) error {
+	for n > 0 {
+		done, err := c.in.Discard(n)
+		n -= done
+		if err != nil && c.timedOut(err) {
+			err = c.net.SetReadDeadline(time.Time{})
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// accept takes a request with its payload, and executes it or hands it to
+// workers.
+func (c *conn) accept(ctx context.Context, r wire.Request) error {
+	payload, err := c.payload(r)
+	if err != nil {
+		return err
+	}
+	if payload > c.in.Buffered() {
+		c.flush()
+	}
+	p := c.check(r)
+	if c.draining.Load() {
+		p = problemShutdown
+	}
+	contexts := c.contexts
+	if p == nil && r.Command == wire.CmdBlockStatus && payload > 0 {
+		r.Length, contexts, p, err = c.readContexts(r)
+		payload = 0
+		if err != nil {
+			return err
+		}
+	}
+	if p != nil {
+		if err := c.discard(payload); err != nil {
+			return err
+		}
+		return c.dispatch(ctx, job{Request: r, problem: p, need: bufferCost(len(p.message))})
+	}
+	if r.Command == wire.CmdWrite && r.Length > 0 {
+		return c.acceptWrite(ctx, r)
+	}
+	return c.dispatch(ctx, c.newJob(r, contexts))
+}
+
+// payload returns how many bytes follow a request's header.
+//
+// Source: NBD doc/proto.md of branch extension-ext-header, "Request message".
+func (c *conn) payload(r wire.Request) (int, error) {
+	follows := r.Command == wire.CmdWrite
+	if c.extended {
+		follows = r.Flags&wire.CmdFlagPayloadLen != 0
+		if r.Command == wire.CmdWrite && !follows {
+			return 0, fmt.Errorf("%w: a write without the flag for its payload", wire.ErrProtocol)
+		}
+	}
+	switch {
+	case !follows:
+		return 0, nil
+	case r.Length > wire.MaxPayload:
+		return 0, fmt.Errorf("%w: a payload of %d bytes", wire.ErrProtocol, r.Length)
+	}
+	return int(r.Length), nil
+}
+
+// acceptWrite reads the payload of a write in pieces, each once there is memory
+// for it.
+func (c *conn) acceptWrite(ctx context.Context, r wire.Request) error {
+	j := job{Request: r, off: int64(r.Offset)}
+	if r.Length > pieceLen {
+		j.parts = newParts(pieces(j.off, int64(r.Length)))
+	}
+	for j.off < r.End() {
+		j.length = r.End() - j.off
+		if j.parts != nil {
+			j.length = min(j.length, pieceLen-j.off%pieceLen)
+		}
+		cost := bufferCost(int(j.length))
+		if !c.queue.try(cost) {
+			c.flush()
+			if err := c.queue.reserve(ctx, cost); err != nil {
 				return err
 			}
 		}
-		j := job{r, min(requestCost+c.replySize(r), c.options.Budget)}
-		if !c.budget.TryAcquire(j.cost) {
-			flush()
-			if err := c.budget.Acquire(reading, j.cost); err != nil {
-				return err
-			}
+		j.payload = newBuffer(int(j.length))
+		j.payload.cost = cost
+		if err := c.readFull(j.payload.extend(int(j.length))); err != nil {
+			return err
 		}
-		if c.quick.Load() < quickRun || j.cost > smallReply {
-			flush()
-			if err := c.dispatch(reading, working, j); err != nil {
-				return err
-			}
+		if err := c.dispatch(ctx, j); err != nil {
+			return err
+		}
+		j.off += j.length
+	}
+	return nil
+}
+
+// newJob plans a request without a payload that has passed check.
+func (c *conn) newJob(r wire.Request, contexts []selected) job {
+	j := job{Request: r, off: int64(r.Offset), length: int64(r.Length), need: bufferCost(0)}
+	switch r.Command {
+	case wire.CmdRead:
+		c.streams.read(j.off, j.length)
+		switch {
+		case j.length <= pieceLen:
+			j.need = bufferCost(int(j.length))
+		case c.structured && r.Flags&wire.CmdFlagDF == 0:
+			j.need = bufferCost(pieceLen)
+			j.parts = newParts(pieces(j.off, j.length))
+		default:
+			j.whole, j.need = true, 0
+		}
+	case wire.CmdBlockStatus:
+		j.contexts = contexts
+		if r.Flags&wire.CmdFlagReqOne == 0 {
+			j.need = bufferCost(pieceLen)
+		}
+		if len(contexts) > 1 {
+			j.parts = newParts(int64(len(contexts)))
+		}
+	case wire.CmdCache:
+		if c.streams.disk == nil {
+			j.need = bufferCost(int(min(j.length, pieceLen)))
+		}
+	}
+	return j
+}
+
+// dispatch executes a job at once if that is likely to be quicker than waking a
+// worker for it, and otherwise hands it to one.
+func (c *conn) dispatch(ctx context.Context, j job) error {
+	if !c.promises(j) || j.payload == nil && !c.queue.try(j.need) {
+		c.flush()
+		return c.queue.push(ctx, j)
+	}
+	if j.problem == nil && !c.export.slots.try() {
+		if j.payload == nil {
+			c.queue.give(j.need)
+		}
+		c.flush()
+		return c.queue.push(ctx, j)
+	}
+	more := c.in.Buffered() >= c.headerLen()
+	turn := c.relief.begin()
+	c.perform(ctx, j)
+	if !more {
+		c.out.flush(false)
+	}
+	if !c.relief.end(turn) {
+		if more {
+			c.out.flush(false)
+		}
+		return errRelieved
+	}
+	c.held = more
+	return nil
+}
+
+// promises reports whether a job is likely to be quick.
+func (c *conn) promises(j job) bool {
+	if c.quick.Load() < quickRun || j.parts != nil || j.whole {
+		return false
+	}
+	return j.problem != nil || (j.Command == wire.CmdRead || j.Command == wire.CmdWrite) && j.Flags&wire.CmdFlagFUA == 0 && j.length <= smallReply
+}
+
+func (c *conn) work(ctx context.Context, next func() (job, bool)) {
+	for {
+		j, ok := next()
+		if !ok {
+			return
+		}
+		if !c.begin(ctx, j) {
 			continue
 		}
-		more := c.in.Buffered() >= wire.RequestLen
-		turn := c.relief.begin()
-		c.out.add(c.perform(working, j))
-		held = true
-		if !more {
-			flush()
-		}
-		if !c.relief.end(turn) {
-			return errRelieved
-		}
-	}
-}
-
-// dispatch hands a job to a worker, a new one if none is idle.
-func (c *conn) dispatch(reading, working context.Context, j job) error {
-	c.pending.Add(1)
-	select {
-	case c.jobs <- j: // somebody is idle
-		return nil
-	default:
-	}
-	if c.started < c.options.Workers {
-		c.started++
-		c.workers.Go(func() { c.work(working) })
-	}
-	select {
-	case c.jobs <- j:
-		return nil
-	case <-reading.Done():
-		return reading.Err()
-	}
-}
-
-func (c *conn) work(ctx context.Context) {
-	for j := range c.jobs {
-		c.out.add(c.perform(ctx, j))
+		c.perform(ctx, j)
 		// While others are at work, their replies may leave with ours.
-		c.out.flush(c.pending.Add(-1) > 0)
+		c.out.flush(c.queue.busy())
 	}
 }
 
-// perform executes a job and notes whether the disk was quick.
-func (c *conn) perform(ctx context.Context, j job) *buffer {
-	began := time.Now()
-	b := c.execute(ctx, j.Request)
-	b.cost = j.cost
-	if time.Since(began) > quickly {
-		c.quick.Store(0)
-	} else if c.quick.Load() < quickRun {
-		c.quick.Add(1)
+// begin waits for what a job needs besides its memory. If nobody is there any
+// more to receive the reply, the job is dropped and begin returns false.
+func (c *conn) begin(ctx context.Context, j job) bool {
+	if j.whole && c.lane.Acquire(ctx, j.laneCost()) != nil {
+		return false
 	}
-	return b
+	if j.problem == nil && c.export.slots.enter(ctx) != nil {
+		if j.whole {
+			c.lane.Release(j.laneCost())
+		}
+		if j.payload != nil {
+			j.payload.free()
+		}
+		return false // close gives its memory back
+	}
+	return true
 }
 
 func ignoreEOF(err error) error {
@@ -208,19 +454,4 @@ func ignoreEOF(err error) error {
 		return nil
 	}
 	return err
-}
-
-// readRequest reads one request header. It returns io.EOF when the client hung
-// up between requests.
-func readRequest(in *bufio.Reader) (wire.Request, error) {
-	p, err := in.Peek(wire.RequestLen)
-	if err != nil {
-		return wire.Request{}, err
-	}
-	r, err := wire.DecodeRequest(p, false)
-	if err != nil {
-		return wire.Request{}, err
-	}
-	_, err = in.Discard(wire.RequestLen)
-	return r, err
 }

@@ -15,7 +15,7 @@ import (
 // one that does not end with its client makes the target hang.
 func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
 	l := newPipeListener()
-	serve(f, l, nbdserver.Options{Budget: 1 << 20, Log: slog.New(slog.DiscardHandler)}, testExport())
+	serve(f, l, nbdserver.Options{Memory: 1 << 20, Log: slog.New(slog.DiscardHandler)}, testExport())
 	return func(t *testing.T, input []byte) {
 		nc := l.dial()
 		defer nc.Close()

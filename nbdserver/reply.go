@@ -6,44 +6,50 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
 
-// buffer holds one whole reply.
+// buffer holds one whole reply or one chunk of it, and before that maybe the
+// payload of a write.
 type buffer struct {
 	b    []byte
-	cost int64 // bytes of the connection's budget to give back once it is sent
+	last int   // where the last chunk of a structured reply begins
+	cost int64 // bytes of the connection's memory to give back once it is sent
+	lane int64 // bytes of the lane, likewise
 }
 
-// Buffers come in classes of 4 KiB to 32 MiB, each with room for the headers of
-// a reply with a payload of that size.
+// Buffers come in classes of 512 bytes to 32 MiB, each with room for the headers
+// of a reply with a payload of that size.
 const (
-	minClassBits = 12
-	classes      = 14
+	minClassBits = 9
+	classes      = 17
 	headerRoom   = 64
 )
 
 var pools [classes]sync.Pool
 
-// newBuffer returns an empty buffer with room for n bytes.
+// class returns the smallest class with room for a payload of n bytes, at most
+// wire.MaxPayload.
+func class(n int) int { return max(bits.Len(uint(max(n-1, 0))), minClassBits) - minClassBits }
+
+// bufferCost is what a buffer for a payload of n bytes takes of the memory.
+func bufferCost(n int) int64 { return 1<<(class(n)+minClassBits) + headerRoom }
+
+// newBuffer returns an empty buffer with room for a payload of n bytes and its
+// headers.
 func newBuffer(n int) *buffer {
-	class := max(bits.Len(uint(max(n-headerRoom-1, 0))), minClassBits) - minClassBits
-	if class >= classes {
-		return &buffer{b: make([]byte, 0, n)}
-	}
-	if b, ok := pools[class].Get().(*buffer); ok {
+	if b, ok := pools[class(n)].Get().(*buffer); ok {
 		return b
 	}
-	return &buffer{b: make([]byte, 0, 1<<(class+minClassBits)+headerRoom)}
+	return &buffer{b: make([]byte, 0, bufferCost(n))}
 }
 
-// free gives the buffer back. One that has grown past its class is dropped.
 func (b *buffer) free() {
-	size := uint(cap(b.b) - headerRoom)
-	class := bits.Len(size) - 1 - minClassBits
-	b.b, b.cost = b.b[:0], 0
-	if class >= 0 && class < classes && bits.OnesCount(size) == 1 {
-		pools[class].Put(b)
-	}
+	b.b, b.last, b.cost, b.lane = b.b[:0], 0, 0, 0
+	pools[class(cap(b.b)-headerRoom)].Put(b)
 }
 
 // extend lengthens the buffer by n bytes and returns them. Their content is
@@ -54,6 +60,9 @@ func (b *buffer) extend(n int) []byte {
 	return b.b[start:]
 }
 
+// done marks the last chunk as the reply's last.
+func (b *buffer) done() { b.b[b.last+5] |= byte(wire.ChunkFlagDone) }
+
 const (
 	// smallReply and below overtake larger replies that wait.
 	smallReply = 64 << 10
@@ -62,6 +71,9 @@ const (
 	batchBytes = 512 << 10
 	// batchReplies is the most that writev takes.
 	batchReplies = 1024
+	// laneTimeout is how long a client that holds memory of the lane may take
+	// for pieceLen bytes.
+	laneTimeout = 30 * time.Second
 )
 
 // replyQueue sends replies. Whoever flushes it while nobody is writing becomes
@@ -69,13 +81,16 @@ const (
 // system call.
 type replyQueue struct {
 	conn    net.Conn
-	release func(cost int64) // called as replies leave memory
-	failed  func()           // called when the client cannot be written to
+	release func(cost, lane int64) // called as replies leave memory
+	failed  func()                 // called when the client cannot be written to
 
-	mu      sync.Mutex // guards small, large and writing
+	mu      sync.Mutex // guards small, large, writing and lane
 	small   []*buffer
-	large   []*buffer
+	large   []*buffer // also every chunk of a reply of several, in their order
 	writing bool
+	lane    int // replies that hold memory of the lane
+
+	sent atomic.Int64 // batches
 
 	// The rest is owned by the writer.
 	broken  bool // the client is gone, replies are dropped
@@ -87,11 +102,43 @@ type replyQueue struct {
 func (q *replyQueue) add(b *buffer) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(b.b) <= smallReply {
+	switch {
+	case b.lane > 0:
+		q.large = append(q.large, b)
+		q.lane++
+		q.conn.SetWriteDeadline(time.Now().Add(laneTimeout)) // for what is being written, too
+	case len(b.b) <= smallReply:
 		q.small = append(q.small, b)
-	} else {
+	default:
 		q.large = append(q.large, b)
 	}
+}
+
+// addPart queues the part of a reply. An empty one has nothing to say; last,
+// which appends a chunk, is called if it is the last nevertheless.
+func (q *replyQueue) addPart(b *buffer, p *parts, last func(*buffer)) {
+	q.mu.Lock()
+	if p.left.Add(-1) == 0 {
+		if len(b.b) == 0 {
+			last(b)
+		}
+		b.done()
+	}
+	if len(b.b) > 0 {
+		q.large = append(q.large, b)
+		q.mu.Unlock()
+		return
+	}
+	q.mu.Unlock()
+	q.release(b.cost, 0)
+	b.free()
+}
+
+// idle reports whether nothing waits and nobody writes.
+func (q *replyQueue) idle() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return !q.writing && len(q.small)+len(q.large) == 0
 }
 
 // flush returns when the queue is empty or somebody else is writing. more says
@@ -136,21 +183,60 @@ func (q *replyQueue) take() bool {
 // write sends the batch and frees its buffers.
 func (q *replyQueue) write() {
 	if !q.broken {
-		q.vectors = q.vectors[:0]
-		for _, b := range q.batch {
-			q.vectors = append(q.vectors, b.b)
-		}
-		rest := q.vectors // WriteTo consumes it
-		if _, err := rest.WriteTo(q.conn); err != nil {
+		if err := q.send(); err != nil {
 			q.broken = true
 			q.failed()
 		}
 	}
-	var cost int64
+	var cost, lane int64
 	for i, b := range q.batch {
 		cost += b.cost
+		lane += b.lane
+		if b.lane > 0 {
+			q.leaveLane()
+		}
 		b.free()
 		q.batch[i] = nil
 	}
-	q.release(cost)
+	q.sent.Add(1)
+	q.release(cost, lane)
+}
+
+func (q *replyQueue) leaveLane() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.lane--; q.lane == 0 {
+		q.conn.SetWriteDeadline(time.Time{})
+	}
+}
+
+func (q *replyQueue) send() error {
+	q.mu.Lock()
+	lane := q.lane > 0
+	q.mu.Unlock()
+	if lane {
+		return q.sendSlowly()
+	}
+	q.vectors = q.vectors[:0]
+	for _, b := range q.batch {
+		q.vectors = append(q.vectors, b.b)
+	}
+	rest := q.vectors // WriteTo consumes it
+	_, err := rest.WriteTo(q.conn)
+	return err
+}
+
+// sendSlowly sends the batch in pieces that each have a deadline.
+func (q *replyQueue) sendSlowly() error {
+	for _, b := range q.batch {
+		for piece := range slices.Chunk(b.b, pieceLen) {
+			q.mu.Lock()
+			q.conn.SetWriteDeadline(time.Now().Add(laneTimeout))
+			q.mu.Unlock()
+			if _, err := q.conn.Write(piece); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }

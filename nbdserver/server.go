@@ -59,8 +59,11 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
+
+	"golang.org/x/sync/semaphore"
 
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
@@ -72,6 +75,8 @@ var (
 	ErrExists = errors.New("export exists already")
 	// ErrNotFound means that no export of that name is being served.
 	ErrNotFound = errors.New("no such export")
+	// ErrBusy means that a disk does not answer. It must not be closed.
+	ErrBusy = errors.New("a request stays in the disk")
 	// ErrInvalid means an export that NBD cannot express.
 	ErrInvalid = errors.New("invalid export")
 )
@@ -88,15 +93,15 @@ type Options struct {
 	// Default 10 s.
 	HandshakeTimeout time.Duration
 	// DrainTimeout is how long a client may take to receive its last replies
-	// when the server stops or its export is removed. Default 10 s.
+	// when it hung up, the server stops or its export is removed. Default 10 s.
 	DrainTimeout time.Duration
-	// Workers is how many requests of one connection read the disk at the same
-	// time. Default 16, what QEMU sends at once.
+	// Workers is how many requests of one connection use the disk at the same
+	// time. Default 64, what copying clients send at once.
 	Workers int
-	// Budget is how many bytes of replies one connection may hold in memory; a
-	// request that does not fit waits. At least one request always fits.
-	// Default 64 MiB.
-	Budget int64
+	// Memory is how many bytes of payloads all connections together hold beyond
+	// the 256 KiB that each has for itself; see the package's Limits. Default
+	// 256 MiB.
+	Memory int64
 	// TLS encrypts connections and verifies clients. nil means that there is no
 	// encryption.
 	TLS *TLS
@@ -109,8 +114,8 @@ func (o Options) withDefaults() Options {
 	o.MaxConnections = cmp.Or(max(o.MaxConnections, 0), 1024)
 	o.HandshakeTimeout = cmp.Or(max(o.HandshakeTimeout, 0), 10*time.Second)
 	o.DrainTimeout = cmp.Or(max(o.DrainTimeout, 0), 10*time.Second)
-	o.Workers = cmp.Or(max(o.Workers, 0), 16)
-	o.Budget = cmp.Or(max(o.Budget, 0), 64<<20)
+	o.Workers = cmp.Or(max(o.Workers, 0), 64)
+	o.Memory = cmp.Or(max(o.Memory, 0), 256<<20)
 	o.Log = cmp.Or(o.Log, slog.Default())
 	return o
 }
@@ -191,7 +196,10 @@ type export struct {
 	size    int64
 	removed context.Context // done once the export is removed
 	remove  context.CancelFunc
-	users   sync.WaitGroup // connections in the transmission phase; Add only under Server.mu
+	users   sync.WaitGroup // of the disk; Add only under Server.mu
+	slots   slots          // for operations of the disk
+	syncs   syncs
+	stuck   atomic.Int64 // connections that ended but for a request that stays in the disk
 }
 
 // Server serves exports to NBD clients. Its methods may be called from many
@@ -199,6 +207,9 @@ type export struct {
 type Server struct {
 	options Options
 	places  *places
+	memory  *pool               // of payloads and replies, in bytes
+	lane    *semaphore.Weighted // memory of replies that cannot be cut, in bytes
+	slots   *pool               // for operations of disks
 
 	mu      sync.Mutex // guards exports
 	exports map[string]*export
@@ -210,6 +221,9 @@ func New(o Options) *Server {
 	return &Server{
 		options: o,
 		places:  newPlaces(o.MaxConnections),
+		memory:  newPool(o.Memory),
+		lane:    semaphore.NewWeighted(laneBytes),
+		slots:   newPool(sharedSlots),
 		exports: map[string]*export{},
 	}
 }
@@ -231,13 +245,15 @@ func (s *Server) Add(e Export) error {
 	}
 	x := &export{Export: e, size: e.Disk.Size()}
 	x.removed, x.remove = context.WithCancel(context.Background())
+	x.slots.account = account{pool: s.slots, credit: ownSlots}
 	s.exports[e.Name] = x
 	return nil
 }
 
-// Remove stops serving an export and ends its connections. It returns when the
-// last read of its disk has returned, so that the disk can be closed. It fails
-// with ErrNotFound.
+// Remove stops serving an export and ends its connections as Serve does when it
+// ends. It returns when the last use of its disk has ended, so that the disk can
+// be closed. It fails with ErrNotFound, and with ErrBusy if the disk does not
+// answer; the disk must not be closed then.
 func (s *Server) Remove(name string) error {
 	s.mu.Lock()
 	x := s.exports[name]
@@ -247,8 +263,14 @@ func (s *Server) Remove(name string) error {
 		return fmt.Errorf("%w: %q", ErrNotFound, name)
 	}
 	x.remove()
-	x.users.Wait()
-	return nil
+	unused := make(chan struct{})
+	go func() { x.users.Wait(); close(unused) }()
+	select {
+	case <-unused:
+		return nil
+	case <-time.After(s.options.DrainTimeout + 2*closingTime):
+		return fmt.Errorf("%w: export %q", ErrBusy, name)
+	}
 }
 
 // find returns the export that a client knows by that name, or nil. The empty
@@ -296,15 +318,23 @@ func (s *Server) listLocked(who identities) []*export {
 	return known
 }
 
-// Serve accepts clients on l until ctx is done, then lets each client receive
-// the replies to what it has asked, for at most Options.DrainTimeout. It returns
-// nil after the last connection has ended, or the listener's error; l is closed
-// in any case. A disk that never answers a read keeps Serve from returning.
-// Several listeners may be served at once.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+// Serve accepts clients on l until ctx is done. Then each client receives the
+// replies to what it has asked, further requests are answered with ESHUTDOWN, and
+// the connection ends when the client hangs up, when it has been quiet for a tenth
+// of a second, or after Options.DrainTimeout.
+//
+// Serve returns nil after the last connection has ended, or the listener's error;
+// l is closed in any case. If a request stays in a disk for longer than a second
+// after its connection was closed, Serve returns ErrBusy with the export's name
+// and leaves that request to itself: the caller must not close that disk. Several
+// listeners may be served at once.
+func (s *Server) Serve(ctx context.Context, l net.Listener) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var clients sync.WaitGroup
-	defer clients.Wait()
+	defer func() {
+		clients.Wait()
+		err = cmp.Or(err, s.busy())
+	}()
 	defer cancel() // ends the clients when the listener failed
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
@@ -338,6 +368,23 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
+// busy returns ErrBusy for the exports whose disks do not answer, or nil.
+func (s *Server) busy() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var names []string
+	for name, x := range s.exports {
+		if x.stuck.Load() > 0 {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	slices.Sort(names)
+	return fmt.Errorf("%w: exports %q", ErrBusy, names)
+}
+
 // ServeConn serves one client that is connected already, until it leaves or ctx
 // is done, as Serve does. It closes nc. The error says why the client had to be
 // dropped; it is nil also for one that left without choosing an export. The
@@ -359,14 +406,14 @@ func (s *Server) serveClient(ctx context.Context, nc net.Conn, settled func()) e
 		}
 		return nil
 	}
-	defer chosen.export.users.Done()
 	settled()
 	if !proceed() {
+		chosen.export.users.Done()
 		return nil
 	}
 	log := s.options.Log.With(slog.String("client", clientName(nc)), slog.String("export", chosen.export.Name))
 	log.DebugContext(ctx, "client connected", slog.Bool("tls", n.encrypted))
-	return newConn(s.options, n.conn, n.in, *chosen, log).serve(ctx)
+	return newConn(s, n.conn, n.in, *chosen, log).serve(ctx)
 }
 
 // clientName is the client's address for logs; a connection that broke before

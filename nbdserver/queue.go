@@ -1,0 +1,261 @@
+package nbdserver
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
+)
+
+const (
+	// pieceLen is the most of a request in bytes that is in memory as one: longer
+	// reads and writes are cut at its multiples.
+	pieceLen = 256 << 10
+	// maxQueued is how many requests of a connection may wait for a worker
+	// before no more are read.
+	maxQueued = 256
+	// smallRun is after how many small jobs in a row a large one is due.
+	smallRun = 16
+	// wholeWorkers is how many replies of a connection that cannot be cut may
+	// be under way at the same time.
+	wholeWorkers = 4
+)
+
+// job is a request, or a piece of one, on its way to a worker.
+type job struct {
+	wire.Request
+	off, length int64      // of the disk, what the job covers
+	contexts    []selected // of a BLOCK_STATUS
+	parts       *parts     // of a request in several jobs; nil if this is all of it
+	payload     *buffer    // of a WRITE; its memory is taken already
+	problem     *problem   // the answer, if the request has failed already
+	need        int64      // bytes of memory that the job takes
+	whole       bool       // a READ whose reply cannot be cut
+	granted     chan struct{}
+}
+
+// parts is what the jobs of one request share.
+type parts struct {
+	left    atomic.Int64 // jobs that have not been answered
+	problem atomic.Pointer[problem]
+}
+
+func newParts(n int64) *parts {
+	p := new(parts)
+	p.left.Store(n)
+	return p
+}
+
+// cut takes the next job off a request that is to be done in several, and
+// reports whether more are left.
+func (j *job) cut() (piece job, more bool) {
+	piece = *j
+	switch {
+	case j.parts == nil || j.payload != nil:
+		return piece, false
+	case j.Command == wire.CmdBlockStatus:
+		piece.contexts, j.contexts = j.contexts[:1], j.contexts[1:]
+		return piece, len(j.contexts) > 0
+	}
+	piece.length = min(j.length, pieceLen-j.off%pieceLen)
+	j.off += piece.length
+	j.length -= piece.length
+	return piece, j.length > 0
+}
+
+// pieces returns how many pieces a range has.
+func pieces(off, length int64) int64 {
+	return (off+length-1)/pieceLen - off/pieceLen + 1
+}
+
+// fifo is a queue.
+type fifo struct {
+	jobs []job
+	head int
+}
+
+func (f *fifo) len() int    { return len(f.jobs) - f.head }
+func (f *fifo) first() *job { return &f.jobs[f.head] }
+func (f *fifo) push(j job) {
+	if f.head == len(f.jobs) {
+		f.jobs, f.head = f.jobs[:0], 0
+	} else if f.head > maxQueued {
+		f.jobs = f.jobs[:copy(f.jobs, f.jobs[f.head:])]
+		f.head = 0
+	}
+	f.jobs = append(f.jobs, j)
+}
+
+func (f *fifo) pop() job {
+	j := f.jobs[f.head]
+	f.jobs[f.head] = job{}
+	f.head++
+	return j
+}
+
+// schedule decides which of a connection's requests is executed next. Small ones
+// come first, but a large one after smallRun of them; otherwise they keep their
+// order, and large ones take turns, piece by piece. A worker lives while there
+// are jobs whose memory is there.
+type schedule struct {
+	mu      sync.Mutex // guards what follows
+	memory  account
+	small   fifo
+	large   fifo
+	whole   fifo
+	run     int // small jobs since the last large one
+	workers int
+	wholes  int           // workers for whole
+	full    chan struct{} // closed when there is room; nil while nobody waits
+
+	started sync.WaitGroup // workers
+	limit   int            // of workers
+	work    func(next func() (job, bool))
+}
+
+// push hands a job to the workers. It waits for room, and fails when ctx is done
+// first.
+func (s *schedule) push(ctx context.Context, j job) error {
+	s.mu.Lock()
+	for s.small.len()+s.large.len()+s.whole.len() >= maxQueued {
+		room := make(chan struct{})
+		s.full = room
+		s.mu.Unlock()
+		select {
+		case <-room:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		s.mu.Lock()
+	}
+	defer s.mu.Unlock()
+	switch {
+	case j.whole:
+		s.whole.push(j)
+	case j.need > smallReply || j.parts != nil || j.granted != nil:
+		s.large.push(j)
+	default:
+		s.small.push(j)
+	}
+	s.spawnLocked()
+	return nil
+}
+
+// try takes memory for a job that overtakes nobody.
+func (s *schedule) try(n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.small.len() == 0 && s.memory.take(n)
+}
+
+// reserve takes memory for a payload, in turn with the jobs that wait for some.
+func (s *schedule) reserve(ctx context.Context, n int64) error {
+	s.mu.Lock()
+	if s.small.len()+s.large.len() == 0 && s.memory.take(n) {
+		s.mu.Unlock()
+		return nil
+	}
+	s.mu.Unlock()
+	granted := make(chan struct{})
+	if err := s.push(ctx, job{need: n, granted: granted}); err != nil {
+		return err
+	}
+	select {
+	case <-granted:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// give gives memory back.
+func (s *schedule) give(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.memory.give(n)
+	s.spawnLocked()
+}
+
+// close gives all memory back, once there are no workers and no reader.
+func (s *schedule) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.memory.give(s.memory.used)
+}
+
+// idle reports whether nothing waits and nothing is executed.
+func (s *schedule) idle() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.workers+s.wholes+s.small.len()+s.large.len()+s.whole.len() == 0
+}
+
+// busy reports whether a worker has company.
+func (s *schedule) busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.workers > 1
+}
+
+// spawnLocked starts a worker if there may be something to do for one more.
+func (s *schedule) spawnLocked() {
+	if s.workers < s.limit && s.small.len()+s.large.len() > 0 {
+		s.workers++
+		s.started.Go(func() { s.work(s.next) })
+	}
+	if s.wholes < wholeWorkers && s.whole.len() > 0 {
+		s.wholes++
+		s.started.Go(func() { s.work(s.nextWhole) })
+	}
+}
+
+// next returns the next job, with its memory. False ends the worker.
+func (s *schedule) next() (job, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		from := &s.small
+		if s.large.len() > 0 && (s.small.len() == 0 || s.run >= smallRun) {
+			from = &s.large
+		}
+		if from.len() == 0 || !s.memory.take(from.first().need) {
+			s.workers--
+			return job{}, false
+		}
+		s.run++
+		if from == &s.large {
+			s.run = 0
+		}
+		j, more := from.first().cut()
+		rest := from.pop()
+		if more {
+			from.push(rest)
+		} else if s.full != nil {
+			close(s.full)
+			s.full = nil
+		}
+		if j.granted != nil {
+			close(j.granted)
+			continue
+		}
+		s.spawnLocked()
+		return j, true
+	}
+}
+
+// nextWhole is next for replies that cannot be cut.
+func (s *schedule) nextWhole() (job, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.whole.len() == 0 {
+		s.wholes--
+		return job{}, false
+	}
+	j := s.whole.pop()
+	if s.full != nil {
+		close(s.full)
+		s.full = nil
+	}
+	return j, true
+}
