@@ -224,7 +224,7 @@ func (c *Client) reconnect(ctx context.Context) {
 	deadline := time.Now().Add(c.options.RetryTime)
 	pause := 50 * time.Millisecond
 	for p.missing() {
-		trying, cancel := context.WithDeadline(ctx, deadline)
+		trying, cancel := context.WithDeadlineCause(ctx, deadline, ErrTimeout)
 		conn, err := c.connect(trying)
 		cancel()
 		if err == nil {
