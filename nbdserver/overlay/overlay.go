@@ -1,0 +1,407 @@
+package overlay
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+// NoLimit, given to Open, takes a limit away.
+const NoLimit int64 = -1
+
+// Options of an overlay. The zero value is good.
+type Options struct {
+	// FS is where the file lies; nil is the operating system.
+	FS durable.FS
+	// Limit is how many bytes of data the file may hold. It is kept in the
+	// file. For Create 0 is no limit; for Open 0 is the one that is kept,
+	// and any other value takes its place.
+	Limit int64
+	// Reserve is how many bytes of the file system new data leaves free, so
+	// that the map always finds room. 0 is 1 % of it, at most 256 MiB.
+	Reserve int64
+	// Meta is kept in the file by Create, up to MaxMeta bytes, and returned by
+	// Stat.
+	Meta []byte
+
+	random io.Reader // of the id; nil is crypto/rand
+}
+
+func (o Options) withDefaults(path string) (Options, error) {
+	if o.FS == nil {
+		o.FS = durable.OS()
+	}
+	if o.random == nil {
+		o.random = rand.Reader
+	}
+	if o.Limit < NoLimit || o.Reserve < 0 || len(o.Meta) > MaxMeta {
+		return o, fmt.Errorf("overlay %s: limit %d, reserve %d or meta of %d bytes out of range", path, o.Limit, o.Reserve, len(o.Meta))
+	}
+	if o.Reserve == 0 {
+		_, total, err := o.FS.Space(filepath.Dir(path))
+		if err != nil {
+			return o, fmt.Errorf("overlay %s: %w", path, err)
+		}
+		o.Reserve = min(total/100, 256<<20)
+	}
+	return o, nil
+}
+
+// Overlay is an open overlay. It implements [image.Writer].
+type Overlay struct {
+	file   durable.File
+	path   string
+	base   image.Disk
+	header *header
+	layout layout
+	limit  int64
+
+	locks rangeLock // on blocks whose state changes
+	room  room
+	used  atomic.Int64 // bytes of data blocks, and of those about to be
+
+	mu        sync.RWMutex // not held during I/O
+	blocks    *blockMap    // guarded by mu
+	noHoles   atomic.Bool  // the file system cannot punch holes
+	failed    atomic.Bool  // a Sync has failed
+	changes   atomic.Uint64
+	syncing   sync.Mutex    // held by the one that syncs
+	synced    atomic.Uint64 // those of changes that are durable
+	zeroBlock [blockSize]byte
+}
+
+// Info is what Stat tells.
+type Info struct {
+	Size  int64  // of the disk in bytes
+	Limit int64  // of the data in bytes; 0 is none
+	Used  int64  // bytes of data
+	Meta  []byte // what Create was given
+}
+
+// Create makes the overlay's file, which must not exist, and opens it. The file
+// is durable when it returns.
+func Create(path string, disk image.Disk, o Options) (*Overlay, error) {
+	o, err := o.withDefaults(path)
+	if err != nil {
+		return nil, err
+	}
+	if size := disk.Size(); size < 0 || size > image.MaxSize {
+		return nil, fmt.Errorf("overlay %s: %w: a disk of %d bytes", path, image.ErrUnsupported, size)
+	}
+	h := &header{size: disk.Size(), limit: max(0, o.Limit), meta: o.Meta}
+	if _, err := io.ReadFull(o.random, h.id[:]); err != nil {
+		return nil, fmt.Errorf("overlay %s: %w", path, err)
+	}
+	if err := create(path, h, o.FS); err != nil {
+		return nil, fmt.Errorf("create overlay %s: %w", path, err)
+	}
+	return Open(path, disk, o)
+}
+
+// create makes a file with an empty map, durable when it returns nil.
+func create(path string, h *header, fsys durable.FS) (err error) {
+	if f, err := fsys.Open(path); err == nil {
+		return errors.Join(os.ErrExist, f.Close())
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	temporary := path + ".tmp" // as those of durable.WriteFile
+	if err := fsys.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	f, err := fsys.Create(temporary)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(writeEmpty(f, h), f.Close()); err != nil {
+		_ = fsys.Remove(temporary) // what is left is removed by the next Create
+		return err
+	}
+	// The content is durable under its temporary name; the rename is what
+	// commits it.
+	if err := fsys.Rename(temporary, path); err != nil {
+		_ = fsys.Remove(temporary)
+		return err
+	}
+	return fsys.SyncDir(filepath.Dir(path))
+}
+
+func writeEmpty(f durable.File, h *header) error {
+	l := newLayout(h.size)
+	if err := f.Truncate(l.end()); errors.Is(err, syscall.EFBIG) {
+		return fmt.Errorf("a disk of %d bytes needs a file of %d, larger than the file system has them: %w", h.size, l.end(), err)
+	} else if err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(h.encode(), 0); err != nil {
+		return err
+	}
+	for k := range l.dirPages {
+		if _, err := f.WriteAt(encodePage(&states{}, 0, h.id, l.dirPage(k)), l.dirPage(k)); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
+// Open opens an overlay over the disk that it was made for. The overlay does not
+// own the disk, which must stay open.
+func Open(path string, disk image.Disk, o Options) (*Overlay, error) {
+	o, err := o.withDefaults(path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := o.FS.OpenWrite(path)
+	if err != nil {
+		return nil, fmt.Errorf("open overlay: %w", err)
+	}
+	ov, err := open(f, path, disk, o)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("open overlay %s: %w", path, err)
+	}
+	return ov, nil
+}
+
+func open(f durable.File, path string, disk image.Disk, o Options) (*Overlay, error) {
+	// What a killed process wrote may be in the page cache alone.
+	if err := f.Sync(); err != nil {
+		return nil, err
+	}
+	h, m, err := load(f)
+	if err != nil {
+		return nil, err
+	}
+	if h.size != disk.Size() {
+		return nil, fmt.Errorf("an overlay of %d bytes over a disk of %d", h.size, disk.Size())
+	}
+	if limit := max(0, cmp.Or(o.Limit, h.limit)); limit != h.limit {
+		h.limit = limit
+		if _, err := f.WriteAt(h.encode()[:pageSize], 0); err != nil {
+			return nil, err
+		}
+		if err := f.Sync(); err != nil {
+			return nil, err
+		}
+	}
+	ov := &Overlay{
+		file: f, path: path, base: disk, header: h, layout: m.layout, limit: h.limit, blocks: m,
+		room: room{fs: o.FS, dir: filepath.Dir(path), reserve: o.Reserve},
+	}
+	ov.used.Store(m.count() * blockSize)
+	return ov, nil
+}
+
+// load reads the header and the map. A sector of the map that cannot be used is
+// none of its errors.
+func load(f durable.File) (*header, *blockMap, error) {
+	b := make([]byte, dirStart)
+	size, err := f.Size()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := readFull(f, b[:min(size, dirStart)], 0); err != nil {
+		return nil, nil, err
+	}
+	h, err := decodeHeader(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	l := newLayout(h.size)
+	if size < l.end() {
+		return nil, nil, fmt.Errorf("%w: the file has %d bytes, not %d", image.ErrCorrupt, size, l.end())
+	}
+	m := newBlockMap(l)
+	for k := range l.dirPages {
+		if err := m.load(f, h.id, k, b[:pageSize]); err != nil {
+			return nil, nil, err
+		}
+	}
+	return h, m, nil
+}
+
+// load reads a page of the directory and the pages of the map that it refers to.
+func (m *blockMap) load(f durable.File, id [16]byte, k int64, buf []byte) error {
+	if err := readFull(f, buf, m.dirPage(k)); err != nil {
+		return err
+	}
+	var dir page
+	dir.bad = decodePage(&dir.states, buf, id, m.dirPage(k))
+	for i := k * pageStates; i < min((k+1)*pageStates, m.pages); i++ {
+		s, _, err := dir.run(i-k*pageStates, i-k*pageStates+1)
+		switch {
+		case err != nil:
+			m.table[i] = m.rotten
+		case s == zero:
+			m.table[i] = m.allZero
+		case s == data:
+			if err := readFull(f, buf, m.mapPage(i)); err != nil {
+				return err
+			}
+			p := &page{}
+			p.bad = decodePage(&p.states, buf, id, m.mapPage(i))
+			m.table[i] = p
+		}
+	}
+	return nil
+}
+
+// Stat tells of an overlay without its base, also while it is open: Used is then
+// as of the last Sync.
+func Stat(path string, o Options) (Info, error) {
+	fsys := o.FS
+	if fsys == nil {
+		fsys = durable.OS()
+	}
+	f, err := fsys.Open(path)
+	if err != nil {
+		return Info{}, fmt.Errorf("overlay: %w", err)
+	}
+	defer f.Close()
+	h, m, err := load(f)
+	if err != nil {
+		return Info{}, fmt.Errorf("overlay %s: %w", path, err)
+	}
+	return Info{Size: h.size, Limit: h.limit, Used: m.count() * blockSize, Meta: h.meta}, nil
+}
+
+// Remove removes an overlay's file, durably. The overlay must not be open.
+func Remove(path string, o Options) error {
+	fsys := o.FS
+	if fsys == nil {
+		fsys = durable.OS()
+	}
+	if err := fsys.Remove(path); err != nil {
+		return fmt.Errorf("remove overlay: %w", err)
+	}
+	if err := fsys.SyncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("remove overlay %s: %w", path, err)
+	}
+	return nil
+}
+
+// Close makes all changes durable and closes the file, in any case. An error is
+// that of Sync. The base stays open.
+func (o *Overlay) Close() error {
+	return errors.Join(o.Sync(), o.file.Close())
+}
+
+// Size implements [image.Disk].
+func (o *Overlay) Size() int64 { return o.header.size }
+
+// Used returns how many bytes of data the file holds, a multiple of 4096.
+func (o *Overlay) Used() int64 { return o.used.Load() }
+
+// run is that of the map, in bytes: what the disk holds from off on, up to end.
+func (o *Overlay) run(off, end int64) (state, int64, error) {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	s, n, err := o.blocks.run(off/blockSize, divUp(end, blockSize))
+	if err != nil {
+		return 0, 0, fmt.Errorf("overlay %s at %d: %w", o.path, off, err)
+	}
+	return s, min(end, (off/blockSize+n)*blockSize) - off, nil
+}
+
+// ReadAt implements [image.Disk].
+func (o *Overlay) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("overlay %s: negative offset", o.path)
+	}
+	_, length := image.Clip(off, int64(len(p)), o.Size())
+	for done := int64(0); done < length; {
+		s, n, err := o.run(off+done, off+length)
+		if err == nil {
+			err = o.readRun(s, p[done:done+n], off+done)
+		}
+		if err != nil {
+			return int(done), err
+		}
+		done += n
+	}
+	if int(length) < len(p) {
+		return int(length), io.EOF
+	}
+	return len(p), nil
+}
+
+func (o *Overlay) readRun(s state, p []byte, off int64) error {
+	switch s {
+	case data:
+		return readFull(o.file, p, o.layout.block(0)+off)
+	case base:
+		return readFull(o.base, p, off)
+	default:
+		clear(p)
+		return nil
+	}
+}
+
+// readFull fills p.
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// Extents implements [image.Disk]: of blocks that were not changed they are the
+// base's.
+func (o *Overlay) Extents(ctx context.Context, off, length int64) iter.Seq2[image.Extent, error] {
+	off, length = image.Clip(off, length, o.Size())
+	return image.Coalesce(func(yield func(image.Extent, error) bool) {
+		for end := off + length; off < end; {
+			s, n, err := o.run(off, end)
+			if err = cmp.Or(err, ctx.Err()); err != nil {
+				yield(image.Extent{}, err)
+				return
+			}
+			if s != base {
+				if !yield(image.Extent{Off: off, Len: n, Zero: s == zero}, nil) {
+					return
+				}
+			} else {
+				for e, err := range o.base.Extents(ctx, off, n) {
+					if !yield(e, err) || err != nil {
+						return
+					}
+				}
+			}
+			off += n
+		}
+	})
+}
+
+// Changed yields what was written, zeroed or trimmed since the overlay was made, in
+// whole blocks clipped to the disk and in order. An error ends the sequence.
+func (o *Overlay) Changed() iter.Seq2[image.Extent, error] {
+	return image.Coalesce(func(yield func(image.Extent, error) bool) {
+		for off := int64(0); off < o.Size(); {
+			s, n, err := o.run(off, o.Size())
+			if err != nil {
+				yield(image.Extent{}, err)
+				return
+			}
+			if s != base && !yield(image.Extent{Off: off, Len: n, Zero: s == zero}, nil) {
+				return
+			}
+			off += n
+		}
+	})
+}
