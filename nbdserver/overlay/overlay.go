@@ -388,12 +388,14 @@ func (o *Overlay) Extents(ctx context.Context, off, length int64) iter.Seq2[imag
 	})
 }
 
-// Changed yields what was written, zeroed or trimmed since the overlay was made, in
-// whole blocks clipped to the disk and in order. An error ends the sequence.
-func (o *Overlay) Changed() iter.Seq2[image.Extent, error] {
+// Changed yields what of [off, off+length) was written, zeroed or trimmed since the
+// overlay was made, in whole blocks clipped to that range and to the disk, in
+// order. An error ends the sequence.
+func (o *Overlay) Changed(off, length int64) iter.Seq2[image.Extent, error] {
+	off, length = image.Clip(off, length, o.Size())
 	return image.Coalesce(func(yield func(image.Extent, error) bool) {
-		for off := int64(0); off < o.Size(); {
-			s, n, err := o.run(off, o.Size())
+		for end := off + length; off < end; {
+			s, n, err := o.run(off, end)
 			if err != nil {
 				yield(image.Extent{}, err)
 				return

@@ -32,7 +32,7 @@ func TestStates(t *testing.T) {
 	want := read(t, disk, 0, disk.Size())
 	ov := create(t, path, disk, overlay.Options{Meta: []byte("point"), Limit: mib})
 	wantBytes(t, ov, 0, want)
-	wantExtents(t, "nothing changed", ov.Changed())
+	wantExtents(t, "nothing changed", ov.Changed(0, ov.Size()))
 	wantExtents(t, "base", ov.Extents(t.Context(), 0, disk.Size()), collect(t, image.Coalesce(disk.Extents(t.Context(), 0, disk.Size())))...)
 
 	for _, tt := range []struct {
@@ -141,7 +141,7 @@ func TestExtents(t *testing.T) {
 		image.Extent{Off: 108 * kib, Len: 4 * kib}, image.Extent{Off: 112 * kib, Len: 16 * kib, Zero: true},
 		image.Extent{Off: 128 * kib, Len: 48 * kib}, image.Extent{Off: 176 * kib, Len: 16 * kib, Zero: true},
 		image.Extent{Off: 192 * kib, Len: 48 * kib}, image.Extent{Off: 240 * kib, Len: 16 * kib, Zero: true})
-	wantExtents(t, "changed", ov.Changed(),
+	wantExtents(t, "changed", ov.Changed(0, ov.Size()),
 		image.Extent{Off: 60 * kib, Len: 8 * kib}, image.Extent{Off: 100 * kib, Len: 8 * kib, Zero: true})
 	ok(t, ov.Close())
 }
@@ -167,7 +167,7 @@ func TestRefuses(t *testing.T) {
 	if n, err := ov.ReadAt(make([]byte, 10), mib-3); n != 3 || !errors.Is(err, io.EOF) {
 		t.Errorf("read past the end: got %d, %v, want 3, %v", n, err, io.EOF)
 	}
-	wantExtents(t, "changed", ov.Changed())
+	wantExtents(t, "changed", ov.Changed(0, ov.Size()))
 	ok(t, ov.Close())
 	if _, err := overlay.Create("/d/o", disk, o); !errors.Is(err, os.ErrExist) {
 		t.Errorf("create again: got %v, want %v", err, os.ErrExist)
@@ -325,7 +325,7 @@ func TestHuge(t *testing.T) {
 		t.Errorf("got %d writes, want few", n)
 	}
 	ov = open(t, "/d/o", disk, o)
-	wantExtents(t, "changed", ov.Changed(), image.Extent{Off: 0, Len: 8 * tib, Zero: true},
+	wantExtents(t, "changed", ov.Changed(0, ov.Size()), image.Extent{Off: 0, Len: 8 * tib, Zero: true},
 		image.Extent{Off: 8 * tib, Len: block}, image.Extent{Off: 8*tib + block, Len: 8*tib + 5 - block, Zero: true})
 	wantBytes(t, ov, 8*tib-1, []byte("\x00x\x00"))
 	wantBytes(t, ov, disk.Size()-5, make([]byte, 5))
