@@ -3,7 +3,6 @@ package nbdserver
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -163,7 +162,7 @@ func (n *negotiation) startTLS(ctx context.Context, data []byte) error {
 	if err := n.out.Flush(); err != nil {
 		return err
 	}
-	c := tls.Server(n.conn, n.tls.current(ctx))
+	c := newEncrypted(n.conn, n.tls.current(ctx))
 	if err := c.HandshakeContext(ctx); err != nil { // within the deadline of the connection
 		return fmt.Errorf("TLS: %w", err)
 	}

@@ -221,9 +221,7 @@ func (q *replyQueue) send() error {
 	for _, b := range q.batch {
 		q.vectors = append(q.vectors, b.b)
 	}
-	rest := q.vectors // WriteTo consumes it
-	_, err := rest.WriteTo(q.conn)
-	return err
+	return writeBuffers(q.conn, q.vectors)
 }
 
 // sendSlowly sends the batch in pieces that each have a deadline.

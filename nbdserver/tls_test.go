@@ -546,3 +546,40 @@ func TestTLSClients(t *testing.T) {
 		}
 	}
 }
+
+// TestTLSDrain: the end of an export waits for what clients have asked over TLS,
+// and says farewell.
+func TestTLSDrain(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "server")
+	g := newGated()
+	socket := filepath.Join(t.TempDir(), "nbd")
+	s := startOn(t, "unix", socket, nbdserver.Options{TLS: loadTLS(t, dir, nbdserver.TLSOptions{})}, nbdserver.Export{Name: "gated", Disk: g})
+	c := dial(t, socket).enterFlags().encrypt(a.config(""))
+	c.send(option(optGo, info("gated")))
+	c.wantReply(optGo, repInfo)
+	c.wantReply(optGo, repAck)
+	const requests = 4
+	for i := range uint64(requests) {
+		c.send(request{command: cmdRead, cookie: i, length: 100_000}.wire())
+	}
+	for range requests {
+		<-g.entered
+	}
+	removed := make(chan error)
+	go func() { removed <- s.Remove("gated") }()
+	time.Sleep(250 * time.Millisecond) // the server looks a few times whether the client is quiet
+	close(g.let)
+	for range requests {
+		if r := c.simple(100_000); r.errno != 0 {
+			t.Errorf("got error %d", r.errno)
+		}
+	}
+	if _, err := c.in.ReadByte(); !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, want TLS's farewell", err)
+	}
+	if err := <-removed; err != nil {
+		t.Errorf("Remove: %v", err)
+	}
+}
