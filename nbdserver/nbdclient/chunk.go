@@ -85,13 +85,15 @@ func (c *conn) payload(r *request, h chunkHeader) error {
 
 // complete checks that a reply that ends without an error is whole.
 func (c *conn) complete(r *request) error {
-	switch {
-	case r.failure != nil:
-		return nil
-	case r.Command == wire.CmdRead && !r.got.is(r.Offset, r.Length):
-		return fmt.Errorf("%w: the reply to a read of %d bytes at %d ends, and bytes are missing", ErrProtocol, r.Length, r.Offset)
-	case r.Command == wire.CmdBlockStatus && bits.OnesCount64(r.answered) != len(c.contexts):
-		return fmt.Errorf("%w: a block status reply without all contexts", ErrProtocol)
+	whole := true
+	switch r.Command {
+	case wire.CmdRead:
+		whole = r.got.is(r.Offset, r.Length)
+	case wire.CmdBlockStatus:
+		whole = bits.OnesCount64(r.answered) == len(c.contexts)
+	}
+	if !whole && r.failure == nil {
+		return fmt.Errorf("%w: the reply to command %d of %d bytes at %d ends, and a part is missing", ErrProtocol, r.Command, r.Length, r.Offset)
 	}
 	return nil
 }

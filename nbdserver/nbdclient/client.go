@@ -152,8 +152,9 @@ type Options struct {
 	InFlight int
 	// HandshakeTimeout is how long one connection may take to be made. Default 10 s.
 	HandshakeTimeout time.Duration
-	// Timeout is how long a request may wait for any part of its reply to begin to
-	// arrive; the whole reply may take ten times as long. Default 60 s.
+	// Timeout is how long a connection that owes replies may bring nothing: no part
+	// of a reply begins to arrive. One reply may take ten times as long, be it that
+	// others are before it. Then the connection counts as lost. Default 60 s.
 	Timeout time.Duration
 	// NoReconnect makes a lost connection an error of the requests it owes.
 	NoReconnect bool
@@ -271,7 +272,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 		c.pool.most = o.Connections
 	}
 	c.pool.want = c.pool.most
-	running, stop := context.WithCancel(context.Background()) //nolint:contextcheck // outlives the call
+	running, stop := context.WithCancel(context.WithoutCancel(ctx))
 	c.stop = stop
 	c.adopt(first)
 	c.running.Go(func() { c.keepConnected(running) })

@@ -36,15 +36,11 @@ type request struct {
 	retry    bool
 	complete func(*request)
 
-	// Guarded by conn.mu. A reply takes too long if its last part is too old, or if
-	// the request is.
-	sent, heard time.Time
+	sent time.Time // guarded by conn.mu
 }
 
 // wireRange is an extent of a block status reply.
 type wireRange struct{ length, flags uint64 }
-
-func (r *request) end() int64 { return int64(r.Offset + r.Length) }
 
 // prepare makes the request ready to be sent, again maybe.
 func (r *request) prepare(complete func(*request)) {
@@ -68,6 +64,7 @@ type conn struct {
 	mu      sync.Mutex          // guards the rest
 	pending map[uint64]*request // nil once abandoned
 	cookie  uint64              // the last
+	heard   time.Time           // when the last part of a reply began to arrive
 	broken  error
 }
 
@@ -78,7 +75,6 @@ func (c *conn) send(r *request) {
 	c.cookie++
 	r.Cookie = c.cookie
 	r.sent = time.Now()
-	r.heard = r.sent
 	if c.pending == nil {
 		err := c.broken
 		c.mu.Unlock()
@@ -124,17 +120,19 @@ func (c *conn) leave() {
 	c.mu.Unlock()
 	c.socket.SetWriteDeadline(time.Now().Add(time.Second)) // also for who is sending
 	c.sending.Lock()
-	c.net.Write(wire.AppendRequest(nil, wire.Request{Command: wire.CmdDisc}, c.replies == extended))
+	_, _ = c.net.Write(wire.AppendRequest(nil, wire.Request{Command: wire.CmdDisc}, c.replies == extended))
 	c.sending.Unlock()
 	c.net.Close()
 }
 
-// overdue reports whether a reply takes too long.
+// overdue reports whether nothing arrives though there are requests, or a reply
+// takes far too long.
 func (c *conn) overdue(now time.Time, timeout time.Duration) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range c.pending {
-		if now.Sub(r.heard) > timeout || now.Sub(r.sent) > 10*timeout {
+		age := now.Sub(r.sent)
+		if age > 10*timeout || age > timeout && now.Sub(c.heard) > timeout {
 			return true
 		}
 	}
@@ -177,7 +175,7 @@ func (c *conn) find(cookie uint64) (*request, error) {
 	if r == nil {
 		return nil, fmt.Errorf("%w: a reply with unknown cookie %#x", ErrProtocol, cookie)
 	}
-	r.heard = time.Now()
+	c.heard = time.Now()
 	return r, nil
 }
 

@@ -163,7 +163,7 @@ func optional(err error) error {
 func (h *handshake) run(ctx context.Context) (export, error) {
 	found, err := h.negotiate(ctx)
 	if _, ok := errors.AsType[*refusal](err); ok {
-		h.write(wire.OptAbort, nil) // a polite end
+		_ = h.write(wire.OptAbort, nil) // a farewell; the error is told already
 	}
 	return found, unexpected(err)
 }
@@ -273,7 +273,7 @@ func (h *handshake) startTLS(ctx context.Context) error {
 	}
 	secured := tls.Client(h.conn, h.options.TLS)
 	if err := secured.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("TLS: %w", err)
+		return fmt.Errorf("TLS: %w", unexpected(err))
 	}
 	h.conn = secured
 	h.in.Reset(secured)

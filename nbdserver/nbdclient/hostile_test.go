@@ -229,6 +229,48 @@ func TestOddReplies(t *testing.T) {
 	}
 }
 
+// TestNoGo: a server that knows options, but not NBD_OPT_GO; what was granted
+// before holds.
+func TestNoGo(t *testing.T) {
+	t.Parallel()
+	want := content(mib)
+	o := play(t, func(_ int, conn net.Conn) {
+		f := newFake()
+		f.Conn = conn
+		f.greet()
+		for {
+			option, data, ok := f.option()
+			switch {
+			case !ok:
+				return
+			case option == wire.OptGo:
+				f.Write(appendOptionReply(nil, option, wire.RepErrUnsup, []byte("what?")))
+				continue
+			case option != wire.OptExportName:
+				f.Write(f.replies(option))
+				continue
+			case string(data) != "old":
+				t.Errorf("got name %q", data)
+				return
+			}
+			f.Write(append(be64(mib), be16(f.flags)...))
+			for {
+				r, ok := f.request()
+				if !ok {
+					return
+				}
+				f.Write(f.answer(r, want))
+			}
+		}
+	})
+	o.Export = "old"
+	c := dial(t, o)
+	checkReads(t, c, want)
+	if got := c.Contexts(); len(got) != 1 || c.Protocol() != "structured" {
+		t.Errorf("got contexts %q, %s replies", got, c.Protocol())
+	}
+}
+
 func TestHostileHandshakes(t *testing.T) {
 	t.Parallel()
 	option := func(option uint32, reply ...[]byte) func(f *fake) {

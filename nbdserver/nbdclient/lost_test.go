@@ -93,17 +93,27 @@ func TestLostConnection(t *testing.T) {
 func TestSilence(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name  string
-		serve func(f *fake, r wire.Request)
-		least time.Duration
-		most  time.Duration
+		name   string
+		others bool // requests are sent
+		serve  func(f *fake, r wire.Request)
+		least  time.Duration
+		most   time.Duration
 	}{
-		{"silent", func(f *fake, _ wire.Request) { f.drain() }, time.Minute, 70 * time.Second},
-		{"stops in the data", func(f *fake, r wire.Request) {
+		{"silent", false, func(f *fake, _ wire.Request) { f.drain() }, time.Minute, 70 * time.Second},
+		{"stops in the data", false, func(f *fake, r wire.Request) {
 			f.Write(f.chunk(r, done, data, be64(r.Offset), make([]byte, r.Length))[:100])
 			f.drain()
 		}, time.Minute, 70 * time.Second},
-		{"dribbles", func(f *fake, r wire.Request) {
+		{"answers others only", true, func(f *fake, _ wire.Request) {
+			for {
+				r, ok := f.request()
+				if !ok {
+					return
+				}
+				f.Write(f.answer(r, make([]byte, mib)))
+			}
+		}, 10 * time.Minute, 11 * time.Minute},
+		{"dribbles", false, func(f *fake, r wire.Request) {
 			for i := range r.Length {
 				time.Sleep(50 * time.Second)
 				if _, err := f.Write(f.chunk(r, 0, hole, be64(r.Offset+i), be32(1))); err != nil {
@@ -127,8 +137,16 @@ func TestSilence(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				var others sync.WaitGroup
+				defer others.Wait()
 				defer c.Close()
 				began := time.Now()
+				// Another reader, who comes second and goes on.
+				others.Go(func() {
+					for err := error(nil); err == nil && tt.others; _, err = c.ReadAt(make([]byte, 4096), 4096) {
+						time.Sleep(50 * time.Second)
+					}
+				})
 				_, err = c.ReadAt(make([]byte, 4096), 0)
 				if took := time.Since(began); !errors.Is(err, nbdclient.ErrTimeout) || took < tt.least || took > tt.most {
 					t.Errorf("got %v after %v, want %v", err, took, nbdclient.ErrTimeout)

@@ -128,7 +128,7 @@ func TestServers(t *testing.T) {
 		{"no structured replies", func(t *testing.T) string { return nbdkit(t, "--no-sr", "file", file) }, "", "simple", 0},
 		{"newstyle that is not fixed", func(t *testing.T) string { return nbdkit(t, "--mask-handshake=0", "file", file) }, "", "simple", 0},
 		{"no NO_ZEROES", func(t *testing.T) string { return nbdkit(t, "--mask-handshake=1", "file", file) }, "", "structured", 2 * mib},
-		{"blocks of 4096", func(t *testing.T) string {
+		{"blocks of 512 bytes to 64 KiB", func(t *testing.T) string {
 			return nbdkit(t, "--filter=blocksize-policy", "file", file, "blocksize-minimum=512", "blocksize-preferred=4k", "blocksize-maximum=64k", "blocksize-error-policy=error")
 		}, "", "structured", 2 * mib},
 		{"slow", func(t *testing.T) string { return nbdkit(t, "--filter=delay", "file", file, "rdelay=2ms") }, "", "structured", 2 * mib},
