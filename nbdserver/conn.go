@@ -187,16 +187,26 @@ func (c *conn) headerLen() int {
 // up between requests, or is quiet when it shall.
 func (c *conn) readRequest() (wire.Request, error) {
 	n := c.headerLen()
-	if c.draining.Load() {
+	if idle := c.options.IdleTimeout; idle > 0 && c.in.Buffered() < n {
+		c.net.SetReadDeadline(time.Now().Add(idle))
+	}
+	if c.draining.Load() { // perhaps only now: its deadline counts
 		c.net.SetReadDeadline(time.Now().Add(quietTime))
 	}
 	p, err := c.in.Peek(n)
 	for err != nil {
-		if !c.timedOut(err) {
+		switch {
+		case !c.timedOut(err):
 			return wire.Request{}, err
+		case !c.draining.Load():
+			err = c.waitOn(!c.queue.idle() || !c.out.idle())
+		case c.quiet():
+			err = io.EOF
+		default:
+			err = nil
 		}
-		if c.quiet() {
-			return wire.Request{}, io.EOF
+		if err != nil {
+			return wire.Request{}, err
 		}
 		p, err = c.in.Peek(n)
 	}
@@ -211,8 +221,23 @@ func (c *conn) readRequest() (wire.Request, error) {
 	return r, err
 }
 
-// timedOut reports whether reading failed just because of a deadline that drain
-// or quiet has set.
+var errIdle = errors.New("the client was idle for too long")
+
+// waitOn sets the next deadline after Options.IdleTimeout has passed. It fails if
+// nothing happened in that time.
+func (c *conn) waitOn(busy bool) error {
+	idle := c.options.IdleTimeout
+	switch {
+	case idle <= 0 || c.draining.Load():
+		return c.net.SetReadDeadline(time.Time{})
+	case !busy:
+		return errIdle
+	}
+	return c.net.SetReadDeadline(time.Now().Add(idle))
+}
+
+// timedOut reports whether reading failed just because of a deadline that drain,
+// quiet or waitOn has set.
 func (c *conn) timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
 // quiet reports whether nothing has been asked, executed or answered for
@@ -237,7 +262,7 @@ func (c *conn) readFull(p []byte) error {
 		n, err := io.ReadFull(c.in, p)
 		p = p[n:]
 		if err != nil && c.timedOut(err) {
-			err = c.net.SetReadDeadline(time.Time{})
+			err = c.waitOn(n > 0)
 		}
 		if err != nil {
 			return err
@@ -252,7 +277,7 @@ func (c *conn) discard(n int) error {
 		done, err := c.in.Discard(n)
 		n -= done
 		if err != nil && c.timedOut(err) {
-			err = c.net.SetReadDeadline(time.Time{})
+			err = c.waitOn(done > 0)
 		}
 		if err != nil {
 			return err

@@ -153,3 +153,60 @@ func TestAcceptAgain(t *testing.T) {
 		})
 	}
 }
+
+// TestIdleTimeout: one that asks nothing is dropped, not one that waits for a
+// slow disk.
+func TestIdleTimeout(t *testing.T) {
+	inBubble(t, nbdserver.Options{IdleTimeout: time.Minute}, func(t *testing.T, l *pipeListener) {
+		c := greet(t, l.dial()).enter("disk", true)
+		c.SetDeadline(time.Time{})
+		for range 3 {
+			time.Sleep(59 * time.Second)
+			if r := c.ask(request{command: cmdRead, length: 10}, true); r.errno != 0 {
+				t.Errorf("after 59 s: got error %d", r.errno)
+			}
+		}
+		began := time.Now()
+		c.wantClosed()
+		if got := time.Since(began); got != time.Minute {
+			t.Errorf("dropped after %v, want 1m", got)
+		}
+
+		c = greet(t, l.dial()).enter("disk", true)
+		c.SetDeadline(time.Time{})
+		c.send(request{command: cmdWrite, length: 1000}.wire(), "half a payl")
+		began = time.Now()
+		c.wantClosed()
+		if got := time.Since(began); got < time.Minute || got > 2*time.Minute {
+			t.Errorf("in the middle of a payload: dropped after %v, want 1m to 2m", got)
+		}
+	})
+}
+
+func TestIdleTimeoutWaitsForTheDisk(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGated()
+		l := newPipeListener()
+		s := nbdserver.New(nbdserver.Options{IdleTimeout: time.Minute})
+		if err := s.Add(nbdserver.Export{Name: "disk", Disk: g}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- s.Serve(ctx, l) }()
+		c := greet(t, l.dial()).enter("disk", false)
+		c.SetDeadline(time.Time{})
+		c.send(request{command: cmdRead, length: 10}.wire())
+		time.Sleep(10 * time.Minute)
+		close(g.let)
+		if r := c.simple(10); r.errno != 0 {
+			t.Errorf("got error %d", r.errno)
+		}
+		c.wantClosed()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+}

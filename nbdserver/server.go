@@ -1,7 +1,7 @@
 // Package nbdserver serves disks over NBD, the network block device protocol.
 //
 // A [Server] holds named exports, each an [image.Disk], and speaks fixed
-// newstyle NBD on the listeners it is given. Exports are read-only. Clients
+// newstyle NBD on the listeners it is given, in plain text or over TLS. Clients
 // that negotiate structured replies get zeros as holes, and block status of the
 // context base:allocation.
 //
@@ -9,7 +9,8 @@
 //
 // # A connection
 //
-// The handshake runs in one goroutine. The transmission phase has
+// The handshake runs in one goroutine. Whatever it settles is forgotten when TLS
+// starts, and metadata contexts when it goes on to another export. The transmission phase has
 //
 //	one reader     takes requests off the socket, waits for the byte budget,
 //	               hands each request to a worker; while the disk answers
@@ -31,6 +32,9 @@
 //   - The server reads an export's disk only between the handshake that chose
 //     the export and the return of [Server.Remove] or [Server.Serve].
 //   - Metadata contexts belong to the export that they were negotiated for.
+//   - An export with a list of identities is neither listed nor described nor
+//     entered without one of them on a certificate that was verified for this
+//     very connection.
 //
 // # Limits
 //
@@ -39,7 +43,9 @@
 //	4096 bytes  names, descriptions, queries
 //	64 KiB      data of an option; a longer one ends the connection
 //	64          options of a handshake
-//	128         queries of a metadata option
+//	128         queries of a metadata option, 16 contexts selected
+//	10 s        for a handshake, TLS's included; see Options.MaxConnections for
+//	            how many may be under way
 //	65,536      extents of a block status reply, and pieces of the disk's map
 //	            that are looked at for it
 //
@@ -92,6 +98,11 @@ type Options struct {
 	// HandshakeTimeout is how long a client may take to choose an export.
 	// Default 10 s.
 	HandshakeTimeout time.Duration
+	// IdleTimeout ends the connection of a client in the transmission phase that
+	// has asked nothing and awaited no reply for that long, or that long sent
+	// nothing of a payload. 0, the default, is never: QEMU keeps a connection
+	// for as long as a guest runs.
+	IdleTimeout time.Duration
 	// DrainTimeout is how long a client may take to receive its last replies
 	// when it hung up, the server stops or its export is removed. Default 10 s.
 	DrainTimeout time.Duration
