@@ -30,6 +30,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"filippo.io/age"
 
@@ -72,6 +73,13 @@ type Appliance struct {
 	dir  string // absolute
 	repo *blockstore.Repository
 	log  *slog.Logger
+
+	// binding is held while an overlay comes into being over a point, and while a
+	// point is deleted: no overlay is left without its point.
+	binding sync.Mutex
+
+	mu   sync.Mutex      // guards held
+	held map[string]bool // the writable exports that are in use
 }
 
 // Open opens the data folder dir and recovers what a crash left. It must be
@@ -95,7 +103,7 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if err != nil {
 		return nil, openError(dir, err)
 	}
-	return &Appliance{dir: dir, repo: repo, log: o.Log}, nil
+	return &Appliance{dir: dir, repo: repo, log: o.Log, held: map[string]bool{}}, nil
 }
 
 // dataFolder returns the absolute path of a data folder.

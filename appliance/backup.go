@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,8 +14,10 @@ import (
 	"unicode/utf8"
 
 	"github.com/holdfast-backup/holdfast/blockstore"
+	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/image/diskfile"
 	"github.com/holdfast-backup/holdfast/ingest"
+	"github.com/holdfast-backup/holdfast/nbdserver/nbdclient"
 )
 
 const (
@@ -76,7 +79,7 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	if request.Config, err = readConfig(b.ConfigFiles); err != nil {
 		return BackupResult{}, fmt.Errorf("back up %s: %w", b.VM, err)
 	}
-	files, err := b.open(names)
+	files, err := b.open(ctx, names, a.log)
 	defer func() {
 		for _, f := range files {
 			err = errors.Join(err, f.Close())
@@ -91,10 +94,15 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	if len(b.Disks) == 0 {
 		a.keepName(ctx, b.VM, request.Disks)
 	}
+	return a.ingest(ctx, request, progress)
+}
+
+// ingest runs a backup.
+func (a *Appliance) ingest(ctx context.Context, request ingest.Request, progress func(Progress)) (BackupResult, error) {
 	var tell func(ingest.Progress)
 	if progress != nil {
 		tell = func(p ingest.Progress) {
-			progress(Progress{Subject: "disk " + p.Name + " of " + b.VM, Done: p.Done, Total: p.Total, Unit: Bytes})
+			progress(Progress{Subject: "disk " + p.Name + " of " + request.VM, Done: p.Done, Total: p.Total, Unit: Bytes})
 		}
 	}
 	result, err := ingest.Run(ctx, a.repo, request, tell)
@@ -107,17 +115,36 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	}, nil
 }
 
-// open opens the image files. After an error it returns those that are open already.
-func (b ImageBackup) open(names []string) ([]*diskfile.File, error) {
-	var files []*diskfile.File
+// open opens the image files and NBD exports. After an error it returns those that are open
+// already.
+func (b ImageBackup) open(ctx context.Context, names []string, log *slog.Logger) ([]image.DiskCloser, error) {
+	var files []image.DiskCloser
 	for i, path := range b.Files {
-		f, err := diskfile.Open(path, diskfile.Options{Format: diskfile.Format(b.Format), AllowOutside: b.AllowOutside})
+		f, err := b.openOne(ctx, path, log)
 		if err != nil {
 			return files, fmt.Errorf("back up disk %s of %s: %w", names[i], b.VM, err)
 		}
 		files = append(files, f)
 	}
 	return files, nil
+}
+
+func (b ImageBackup) openOne(ctx context.Context, path string, log *slog.Logger) (image.DiskCloser, error) {
+	if !isNBD(path) {
+		return diskfile.Open(path, diskfile.Options{Format: diskfile.Format(b.Format), AllowOutside: b.AllowOutside})
+	}
+	o, err := nbdclient.ParseURI(path)
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	o.Log = log
+	return nbdclient.Dial(ctx, o)
+}
+
+// isNBD reports whether the name of a file is the URI of an NBD export.
+func isNBD(path string) bool {
+	scheme, _, ok := strings.Cut(path, "://")
+	return ok && slices.Contains([]string{"nbd", "nbds", "nbd+unix", "nbds+unix"}, scheme)
 }
 
 // keepName gives a single disk that nobody named the name it had before.
@@ -137,13 +164,16 @@ func (a *Appliance) keepName(ctx context.Context, vm string, disks []ingest.Sour
 
 // check holds a request to what can be done and returns the names of its disks.
 func (b ImageBackup) check() ([]string, error) {
+	if err := checkVM(b.VM); err != nil {
+		return nil, err
+	}
 	switch {
-	case b.VM == "" || len(b.VM) > maxVMName || !printable(b.VM):
-		return nil, invalid("VM name %q: want 1 to %d bytes of UTF-8 without control characters", b.VM, maxVMName)
 	case len(b.Files) == 0:
 		return nil, invalid("no image file to back up")
 	case b.Format != "" && !slices.Contains(ReadFormats, b.Format):
 		return nil, invalid("unknown image format %q; known are %s", b.Format, strings.Join(ReadFormats, ", "))
+	case slices.ContainsFunc(b.Files, isNBD) && b.Format != "" && b.Format != "auto" && b.Format != "raw":
+		return nil, invalid("image format %s: an NBD export is a disk's bytes; want raw", b.Format)
 	case len(b.Disks) > 0 && len(b.Disks) != len(b.Files):
 		return nil, invalid("%d disk names for %d image files; name each disk or none", len(b.Disks), len(b.Files))
 	}
@@ -162,11 +192,24 @@ func (b ImageBackup) check() ([]string, error) {
 	return names, nil
 }
 
+func checkVM(name string) error {
+	if name == "" || len(name) > maxVMName || !printable(name) {
+		return invalid("VM name %q: want 1 to %d bytes of UTF-8 without control characters", name, maxVMName)
+	}
+	return nil
+}
+
 // defaultNames names disks for their files.
 func defaultNames(files []string) []string {
 	names := make([]string, len(files))
 	for i, path := range files {
+		if u, err := url.Parse(path); err == nil && isNBD(path) {
+			path = u.Path // the export's name
+		}
 		base := filepath.Base(path)
+		if base == "/" || base == "." {
+			base = "disk" // an export without a name
+		}
 		stem := strings.TrimSuffix(base, filepath.Ext(base))
 		if stem == "" {
 			stem = base

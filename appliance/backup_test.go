@@ -158,3 +158,42 @@ func TestRestoreRefuses(t *testing.T) {
 		t.Errorf("restores that failed left %v, %v", entries, err)
 	}
 }
+
+// TestBackupFromNBD backs up an export: what it holds is there already.
+func TestBackupFromNBD(t *testing.T) {
+	t.Parallel()
+	a := open(t, newData(t))
+	b := backup(t, a, "web", write(t, "vda.raw", append(noise(miB, 1), make([]byte, miB)...)))
+	serving(t, a, appliance.ExportOptions{Point: b.Point, Name: "backups/copy"}, func(e appliance.Export) {
+		copied, err := a.BackupImages(t.Context(), appliance.ImageBackup{VM: "copy", Files: []string{e.URI}}, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if d := copied.Disks[0]; d.Name != "copy" || d.Size != 2*miB || d.Read != miB || d.Changed != miB || d.New != 0 {
+			t.Errorf("got %+v, want a disk of 2 MiB, half of it read and nothing new", d)
+		}
+		named, err := a.BackupImages(t.Context(), appliance.ImageBackup{VM: "named", Files: []string{e.URI}, Disks: []string{"vda"}}, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		diff, err := a.DiffPoints(t.Context(), b.Point, named.Point, "")
+		if err != nil || len(diff.Disks) != 1 || diff.Disks[0].Bytes != 0 {
+			t.Errorf("got %+v, %v, want the same disk", diff, err)
+		}
+	})
+	for _, tt := range []struct {
+		name, uri, format string
+		want              appliance.Kind
+	}{
+		{"no server", "nbd+unix:///?socket=/nonexistent/socket", "", appliance.NotFound},
+		{"no URI", "nbd+unix:///", "", appliance.Invalid},
+		{"a format", "nbd+unix:///?socket=/nonexistent/socket", "qcow2", appliance.Invalid},
+	} {
+		_, err := a.BackupImages(t.Context(), appliance.ImageBackup{VM: "copy", Files: []string{tt.uri}, Format: tt.format}, nil)
+		if err == nil || appliance.KindOf(err) != tt.want {
+			t.Errorf("%s: got %v, want kind %d", tt.name, err, tt.want)
+		}
+	}
+}

@@ -29,7 +29,7 @@ type changes struct {
 	a       *Appliance
 	point   blockstore.Point
 	disk    blockstore.PointDisk
-	written func(off, length int64) iter.Seq[image.Extent] // by clients since; nil if nobody can
+	written func(off, length int64) iter.Seq2[image.Extent, error] // by clients since; nil if nobody can
 
 	mu     sync.Mutex // guards others
 	others map[blockstore.PointID]*blockstore.Disk
@@ -142,11 +142,15 @@ func (c *changedSince) differences(ctx context.Context, off, length int64) iter.
 		return points
 	}
 	return func(yield func(image.Extent, error) bool) {
-		next, stop := iter.Pull(c.written(off, length))
+		next, stop := iter.Pull2(c.written(off, length))
 		defer stop()
-		w, more := next()
+		w, werr, more := next()
 		pos := off // all before is told
-		tell := func(e image.Extent) bool {
+		tell := func(e image.Extent, err error) bool {
+			if err != nil {
+				yield(image.Extent{}, err)
+				return false
+			}
 			if from := max(e.Off, pos); from < e.End() {
 				pos = e.End()
 				return yield(image.Extent{Off: from, Len: e.End() - from}, nil)
@@ -154,21 +158,17 @@ func (c *changedSince) differences(ctx context.Context, off, length int64) iter.
 			return true
 		}
 		for e, err := range points {
-			if err != nil {
-				yield(image.Extent{}, err)
-				return
-			}
-			for ; more && w.Off < e.Off; w, more = next() {
-				if !tell(w) {
+			for ; more && err == nil && w.Off < e.Off; w, werr, more = next() {
+				if !tell(w, werr) {
 					return
 				}
 			}
-			if !tell(e) {
+			if !tell(e, err) {
 				return
 			}
 		}
-		for ; more; w, more = next() {
-			if !tell(w) {
+		for ; more; w, werr, more = next() {
+			if !tell(w, werr) {
 				return
 			}
 		}

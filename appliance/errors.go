@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-backup/holdfast/blockstore"
 	"github.com/holdfast-backup/holdfast/fusefs"
 	"github.com/holdfast-backup/holdfast/nbdserver"
+	"github.com/holdfast-backup/holdfast/nbdserver/nbdclient"
 )
 
 // Kind says what sort of failure an error is.
@@ -43,6 +44,7 @@ var kinds = []struct {
 	{blockstore.ErrWrongKey, Refused},
 	{blockstore.ErrCollecting, Refused},
 	{nbdserver.ErrExists, Refused},
+	{nbdclient.ErrNoExport, NotFound},
 	{fusefs.ErrBusy, Refused},
 	{fusefs.ErrMountPoint, Refused},
 	{os.ErrExist, Refused},

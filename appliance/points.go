@@ -175,6 +175,18 @@ func (a *Appliance) DeletePoints(ctx context.Context, refs []string) ([]string, 
 			ids = append(ids, id)
 		}
 	}
+	a.binding.Lock()
+	defer a.binding.Unlock()
+	for _, id := range ids {
+		names, err := a.needed(id)
+		if err != nil {
+			return []string{}, fmt.Errorf("delete point %s: %w", id, err)
+		}
+		if len(names) > 0 {
+			return []string{}, refused("point %s: what was written to export %s lies over it; commit and remove that first (export commit, export remove)",
+				id, strings.Join(names, ", "))
+		}
+	}
 	deleted := []string{}
 	for _, id := range ids {
 		err := ctx.Err()

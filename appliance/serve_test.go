@@ -106,6 +106,13 @@ func TestExportRefuses(t *testing.T) {
 		{"long path", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Unix: "/" + strings.Repeat("x", 107)}, appliance.Invalid, "shorter"},
 		{"a file in the way", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Unix: file}, appliance.Refused, file},
 		{"no such folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Unix: "/nonexistent/x"}, appliance.NotFound, "nonexistent"},
+		{"TLS of no kind", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "maybe"}}, appliance.Invalid, "require"},
+		{"TLS without a folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "on"}}, appliance.Invalid, "--tls-certificates"},
+		{"TLS off with a folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "off", Folder: "x"}}, appliance.Invalid, "off"},
+		{"TLS with an empty folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Folder: t.TempDir()}}, appliance.Failed, "cert.pem"},
+		{"named clients without TLS", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Allow: []string{"host7"}}, appliance.Invalid, "--tls-certificates"},
+		{"a limit on nothing", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Limit: miB}, appliance.Invalid, "writable"},
+		{"a long name to keep", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Writable: true, Name: strings.Repeat("x", 256)}, appliance.Invalid, "--name"},
 		{"a long name", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Name: strings.Repeat("x", 4097)}, appliance.Invalid, "4096"},
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)

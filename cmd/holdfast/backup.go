@@ -28,10 +28,14 @@ files meanwhile: stop the VM, or name the files of a snapshot.
 
 A disk has the name of its file without the extension, unless --disk names it; a single
 FILE of the same size as the single disk in the VM's last point keeps that name. A disk
-is compared with that of its name in the last point.`,
+is compared with that of its name in the last point.
+
+A FILE may also be the URI of an NBD export: nbd://HOST:PORT/NAME, nbds://… with
+?tls-certificates=FOLDER, nbd+unix:///NAME?socket=PATH. It is read as raw.`,
 		Example: `  holdfast backup image /var/lib/libvirt/images/web.qcow2 --vm web
   holdfast backup image system.vmdk data.vmdk --vm db --disk sda --disk sdb
-  holdfast backup image web.img --vm web --format raw --config web.xml --json`,
+  holdfast backup image web.img --vm web --format raw --config web.xml --json
+  holdfast backup image 'nbd+unix:///vda?socket=/run/backup.sock' --vm web`,
 		Args: arguments("FILE…"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b.Files = args

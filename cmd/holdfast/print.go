@@ -89,8 +89,16 @@ func parseSize(s string) (int64, error) {
 // sizeFlag is a flag with a size.
 type sizeFlag int64
 
-func (f *sizeFlag) String() string { return strings.ReplaceAll(size(int64(*f)), " ", "") }
-func (f *sizeFlag) Type() string   { return "size" }
+// String returns the size as help shows it: nothing is shown of "0".
+func (f *sizeFlag) String() string {
+	if *f == 0 {
+		return "0"
+	}
+	return strings.ReplaceAll(size(int64(*f)), " ", "")
+}
+
+// Type names the flag's value in help.
+func (f *sizeFlag) Type() string { return "size" }
 
 func (f *sizeFlag) Set(s string) error {
 	n, err := parseSize(s)
