@@ -26,6 +26,13 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv("NBDSERVER_TEST_ABANDON"); path != "" {
 		abandonSocket(path)
 	}
+	if socket := os.Getenv("NBDSERVER_TEST_SERVE"); socket != "" {
+		if err := serveBench(socket, os.Args[1], os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if os.Getenv("NBDSERVER_TEST_ACTIVATED") != "" {
 		activated()
 	}
