@@ -15,7 +15,9 @@ import (
 // one that does not end with its client makes the target hang.
 func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
 	l := newPipeListener()
-	serve(f, l, nbdserver.Options{Memory: 1 << 20, Log: slog.New(slog.DiscardHandler)}, testExport())
+	o := nbdserver.Options{Memory: 1 << 20, TLS: offered(f), Log: slog.New(slog.DiscardHandler)}
+	secret := nbdserver.Export{Name: "secret", Disk: testExport().Disk, Allow: []string{"nobody"}}
+	serve(f, l, o, append(handshakeExports(), testExport(), secret)...)
 	return func(t *testing.T, input []byte) {
 		nc := l.dial()
 		defer nc.Close()
@@ -39,7 +41,10 @@ func FuzzHandshake(f *testing.F) {
 		option(optList), option(optAbort), option(optExportName, "disk"), option(optGo, info("disk", 0, 1, 2, 3)),
 		option(optInfo, info("", 3)), option(optStartTLS), option(99, "data"),
 		wire(option(optStructured), option(optSetMeta, meta("disk", "base:allocation", "base:")), option(optGo, info("disk"))),
-		option(optListMeta, meta("disk")),
+		option(optListMeta, meta("disk")), option(optListMeta, meta("vm/disk 1", "x-days:", "x-days:even:")),
+		wire(option(optExtended), option(optStructured), option(optSetMeta, meta("vm/disk 1", "x-days:mon", "x-days:any-1")), option(optGo, info("vm/disk 1"))),
+		wire(option(optExtended), option(optExportName, "disk")), option(optGo, info("secret")),
+		wire(option(optStartTLS, "data"), option(optStartTLS), "\x16\x03\x01\x00\x05\x01\x00\x00\x01\x03"),
 	} {
 		f.Add(wire(fixedNewstyle|noZeroes, seed))
 	}

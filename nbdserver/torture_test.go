@@ -31,10 +31,10 @@ func tortureServer(t *testing.T, mode *nbdserver.TLS) (socket string, unharmed f
 	}
 }
 
-func offered(t *testing.T) *nbdserver.TLS {
-	t.Helper()
-	dir, _ := newAuthority(t).folder("server", "server")
-	return loadTLS(t, dir, nbdserver.TLSOptions{})
+func offered(tb testing.TB) *nbdserver.TLS {
+	tb.Helper()
+	dir, _ := newAuthority(tb).folder("server", "server")
+	return loadTLS(tb, dir, nbdserver.TLSOptions{})
 }
 
 // allOptions are options known and unknown.
