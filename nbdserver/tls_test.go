@@ -528,13 +528,21 @@ func TestTLSClients(t *testing.T) {
 			}
 		}
 		qemuImage := "driver=nbd,export=disk,tls-creds=tls,tls-hostname=localhost,"
+		address := []string{"-k", l.Addr().String()}
 		if l == tcp {
 			_, port, _ := net.SplitHostPort(l.Addr().String())
 			qemuImage += "server.type=inet,server.host=127.0.0.1,server.port=" + port
+			address = []string{"-b", "127.0.0.1", "-p", port}
 		} else {
 			qemuImage += "server.type=unix,server.path=" + l.Addr().String()
 		}
 		creds := func(dir string) string { return "tls-creds-x509,id=tls,endpoint=client,verify-peer=yes,dir=" + dir }
+		for dir, want := range map[string]string{clientDir: "exports available: 1", otherDir: "exports available: 0"} {
+			args := append([]string{"--list", "--object", creds(dir), "--tls-creds=tls", "--tls-hostname=localhost"}, address...)
+			if out := string(run(t, "qemu-nbd", args...)); !strings.Contains(out, want) {
+				t.Errorf("qemu-nbd %q: got %s, want %s", args, out, want)
+			}
+		}
 		raw := filepath.Join(t.TempDir(), "raw")
 		run(t, "qemu-img", "convert", "--object", creds(clientDir), "--image-opts", "-O", "raw", qemuImage, raw)
 		got, err := os.ReadFile(raw)
@@ -581,5 +589,43 @@ func TestTLSDrain(t *testing.T) {
 	}
 	if err := <-removed; err != nil {
 		t.Errorf("Remove: %v", err)
+	}
+}
+
+// TestTLSDeadline: the ten seconds of the handshake go on while TLS begins.
+func TestTLSDeadline(t *testing.T) {
+	dir, _ := newAuthority(t).folder("server", "server")
+	mode := loadTLS(t, dir, nbdserver.TLSOptions{Required: true})
+	inBubble(t, nbdserver.Options{TLS: mode}, func(t *testing.T, l *pipeListener) {
+		began := time.Now()
+		c := greet(t, l.dial()).enterFlags()
+		time.Sleep(6 * time.Second)
+		c.send(option(optStartTLS))
+		c.wantReply(optStartTLS, repAck)
+		c.send("\x16\x03\x01\x02\x00") // the beginning of a record
+		c.wantClosed()
+		if got := time.Since(began); got != 10*time.Second {
+			t.Errorf("dropped after %v, want 10s", got)
+		}
+	})
+}
+
+func TestServerURI(t *testing.T) {
+	t.Parallel()
+	unix, tcp := &net.UnixAddr{Net: "unix", Name: "/run/nbd"}, &net.TCPAddr{Port: 10809}
+	plain, encrypted := nbdserver.New(nbdserver.Options{}), nbdserver.New(nbdserver.Options{TLS: offered(t)})
+	for _, tt := range []struct {
+		server *nbdserver.Server
+		addr   net.Addr
+		want   string
+	}{
+		{plain, unix, "nbd+unix:///a%20b?socket=/run/nbd"},
+		{plain, tcp, "nbd://localhost:10809/a%20b"},
+		{encrypted, unix, "nbds+unix:///a%20b?socket=/run/nbd"},
+		{encrypted, tcp, "nbds://localhost:10809/a%20b"},
+	} {
+		if got := tt.server.URI(tt.addr, "a b"); got != tt.want {
+			t.Errorf("got %s, want %s", got, tt.want)
+		}
 	}
 }
