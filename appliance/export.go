@@ -153,7 +153,7 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 		return fmt.Errorf("export %s: %w", o.Name, err)
 	}
 	defer func() { err = errors.Join(err, closeDisk()) }()
-	server := nbdserver.New(nbdserver.Options{Log: a.log, TLS: encryption, MaxConnections: o.MaxClients})
+	server := nbdserver.New(nbdserver.Options{Log: a.log, TLS: encryption, MaxConnections: o.MaxClients, IdleTimeout: o.IdleTimeout})
 	if err := server.Add(export); err != nil {
 		return fmt.Errorf("export %s: %w", o.Name, err)
 	}
