@@ -37,7 +37,8 @@
 //
 // When a connection ends, the requests that it owes are sent again on another or
 // a new one, whose export must have the same size, flags and contexts; see
-// [Options].
+// [Options]. Whether it has the same bytes, NBD cannot tell: where another disk
+// may come up under the same address, set Options.NoReconnect.
 package nbdclient
 
 import (
@@ -156,13 +157,14 @@ type Options struct {
 	// of a reply begins to arrive. One reply may take ten times as long, be it that
 	// others are before it. Then the connection counts as lost. Default 60 s.
 	Timeout time.Duration
-	// NoReconnect makes a lost connection an error of the requests it owes.
+	// NoReconnect makes a lost connection an error of the requests it owes; others
+	// that are left go on.
 	NoReconnect bool
 	// Attempts is how often one request is sent before a lost connection is its
 	// error. Default 5.
 	Attempts int
-	// RetryTime is how long to try to connect again when no connection is left.
-	// Default 60 s.
+	// RetryTime is how long to try to connect again when no connection is left, and
+	// how long after its first loss a request is sent again. Default 60 s.
 	RetryTime time.Duration
 	// Log receives lost connections. Default slog.Default().
 	Log *slog.Logger

@@ -6,6 +6,7 @@ import (
 	"iter"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
@@ -27,10 +28,26 @@ func (b *batch) complete(r *request) {
 	b.unanswered.Done()
 }
 
+// tries counts how often a request lost its connection.
+type tries struct {
+	lost  int
+	first time.Time // when it did
+}
+
+// another counts a loss and reports whether the request may be sent again.
+func (t *tries) another(o Options) bool {
+	if t.lost == 0 {
+		t.first = time.Now()
+	}
+	t.lost++
+	return t.lost < o.Attempts && !o.NoReconnect && time.Since(t.first) < o.RetryTime
+}
+
 // exchange sends requests, waits for all answers, and sends those again that
 // lost their connection. It returns those that failed for good.
 func (c *Client) exchange(ctx context.Context, requests iter.Seq[*request]) []*request {
-	for attempt := 1; ; attempt++ {
+	var tries tries
+	for {
 		var b batch
 		var conn *conn
 		var err error
@@ -49,7 +66,7 @@ func (c *Client) exchange(ctx context.Context, requests iter.Seq[*request]) []*r
 		}
 		b.unanswered.Wait()
 		final := func(r *request) bool { return !r.retry }
-		if len(b.failed) == 0 || attempt == c.options.Attempts || slices.ContainsFunc(b.failed, final) {
+		if len(b.failed) == 0 || slices.ContainsFunc(b.failed, final) || !tries.another(c.options) {
 			return b.failed
 		}
 		requests = slices.Values(b.failed)

@@ -90,7 +90,8 @@ func (c *Client) blockStatus(ctx context.Context, name string, pos, end int64) (
 		longest = maxStatusLengthExtended
 	}
 	to := min((end+minimum-1)/minimum*minimum, from+longest, c.export.size)
-	for attempt := 1; ; attempt++ {
+	var tries tries
+	for {
 		r := &request{
 			Request: wire.Request{Command: wire.CmdBlockStatus, Offset: uint64(from), Length: uint64(to - from)},
 			context: name,
@@ -101,7 +102,7 @@ func (c *Client) blockStatus(ctx context.Context, name string, pos, end int64) (
 			return r, nil
 		case err == nil:
 			return nil, fmt.Errorf("%w: a block status reply that does not reach what was asked", ErrProtocol)
-		case ctx.Err() != nil || !r.retry || attempt == c.options.Attempts:
+		case ctx.Err() != nil || !r.retry || !tries.another(c.options):
 			return nil, err
 		}
 	}
