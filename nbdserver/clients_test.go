@@ -209,3 +209,49 @@ func TestNamesInURIs(t *testing.T) {
 		}
 	}
 }
+
+// TestClientsWrite: QEMU, libnbd and fio write what they read back.
+func TestClientsWrite(t *testing.T) {
+	t.Parallel()
+	const size = 24 << 20
+	r := newRAM(make([]byte, size))
+	socket := start(t, nbdserver.Options{}, nbdserver.Export{Name: "disk", Disk: r})
+	uri := nbdserver.URI(&net.UnixAddr{Net: "unix", Name: socket}, "disk")
+
+	want := bytes.Repeat(testBytes(), size/testSize+1)[:size]
+	file := filepath.Join(t.TempDir(), "content")
+	if err := os.WriteFile(file, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"nbdcopy", "--connections=4", "--flush", file, uri},
+		{"nbdcopy", "--request-size=33554432", "--connections=1", file, uri},
+		{"qemu-img", "convert", "-n", "-W", "-f", "raw", "-O", "raw", "-t", "none", file, uri},
+	} {
+		r.Zero(0, size)
+		run(t, args[0], args[1:]...)
+		if !r.holds(want) {
+			t.Errorf("%q: the disk differs", args)
+		}
+	}
+	out := run(t, "qemu-io", "-f", "raw",
+		"-c", "write -f -P 0x11 0 1M", "-c", "write -z 512 1k", "-c", "write -z -u 4096 4k", "-c", "discard 1M 2M", "-c", "flush",
+		"-c", "read -P 0x11 0 512", "-c", "read -P 0 512 1k", "-c", "read -P 0 4096 4k", "-c", "read -P 0x11 8k 100k", uri)
+	if bytes.Contains(out, []byte("failed")) || r.syncs.Load() == 0 {
+		t.Errorf("qemu-io: %s", out)
+	}
+	run(t, "fio", "--name=verify", "--ioengine=nbd", "--uri="+uri, "--rw=randwrite", "--bsrange=512-600k", "--iodepth=16", "--size=24m",
+		"--verify=crc32c", "--verify_fatal=1", "--output="+filepath.Join(t.TempDir(), "fio"))
+	var flags struct {
+		Exports []map[string]any
+	}
+	parse(t, run(t, "nbdinfo", "--json", uri), &flags)
+	for _, can := range []string{"can_cache", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero", "can_df"} {
+		if flags.Exports[0][can] != true {
+			t.Errorf("nbdinfo: %s is %v", can, flags.Exports[0][can])
+		}
+	}
+	if flags.Exports[0]["is_read_only"] != false {
+		t.Error("nbdinfo: the export is read-only")
+	}
+}

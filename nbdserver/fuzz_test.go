@@ -13,7 +13,7 @@ import (
 // fuzzServer starts a server and returns a function that sends it the fuzzer's
 // bytes over a pipe and drops its answers. Clean-up waits for all connections:
 // one that does not end with its client makes the target hang.
-func fuzzServer(f *testing.F) func(t *testing.T, input []byte) {
+func fuzzServer(f *testing.F, e nbdserver.Export) func(t *testing.T, input []byte) {
 	l := newPipeListener()
 	o := nbdserver.Options{Memory: 1 << 20, TLS: offered(f), Log: slog.New(slog.DiscardHandler)}
 	secret := nbdserver.Export{Name: "secret", Disk: testExport().Disk, Allow: []string{"nobody"}}
@@ -48,17 +48,32 @@ func FuzzHandshake(f *testing.F) {
 	} {
 		f.Add(wire(fixedNewstyle|noZeroes, seed))
 	}
-	f.Fuzz(fuzzServer(f))
+	f.Fuzz(fuzzServer(f, testExport()))
 }
 
+// FuzzTransmission sends requests in each mode, the first byte says which, to a
+// disk that can be written.
 func FuzzTransmission(f *testing.F) {
-	for command := range uint16(9) {
-		q := request{command: command, cookie: 1, offset: piece, length: 5 * piece}
-		f.Add(wire(q.wire(), q.wire()))
+	for m := range byte(3) {
+		for command := range uint16(9) {
+			q := ask64{0, command, 1, piece, 5 * piece}
+			header := modeClient{mode: mode(m)}.header
+			if m == byte(extendedMode) && command == cmdWrite {
+				q.flags = payloadLen
+			}
+			f.Add(m, wire(header(q), header(q)))
+			q.length = 5
+			f.Add(m, wire(header(q), "12345", header(ask64{reqOne, cmdStatus, 1, 0, 1 << 31})))
+			f.Add(m, bytes.Repeat(header(ask64{df, cmdRead, 1, 0, testSize}), 20))
+		}
 	}
-	f.Add(wire(request{command: cmdWrite, length: 5}.wire(), "12345", request{flags: reqOne, command: cmdStatus, length: 1 << 31}.wire()))
-	f.Add(bytes.Repeat(request{flags: df, command: cmdRead, length: testSize}.wire(), 20))
-	enter := wire(fixedNewstyle|noZeroes, option(optStructured), option(optSetMeta, meta("disk", "base:allocation")), option(optGo, info("disk")))
-	fuzz := fuzzServer(f)
-	f.Fuzz(func(t *testing.T, input []byte) { fuzz(t, wire(enter, input)) })
+	h := modeClient{mode: extendedMode}.header
+	f.Add(byte(extendedMode), wire(h(ask64{payloadLen, cmdStatus, 1, 0, 12}), uint64(testSize), uint32(1)))
+	enter := option(optGo, info("disk"))
+	set := option(optSetMeta, meta("disk", "base:allocation"))
+	prefix := map[byte][]byte{0: enter, 1: wire(option(optStructured), set, enter), 2: wire(option(optExtended), set, enter)}
+	fuzz := fuzzServer(f, nbdserver.Export{Name: "disk", Disk: newRAM(testBytes())})
+	f.Fuzz(func(t *testing.T, m byte, input []byte) {
+		fuzz(t, wire(fixedNewstyle|noZeroes, prefix[m%3], input))
+	})
 }
