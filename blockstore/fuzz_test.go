@@ -19,6 +19,7 @@ func (bytesFile) Name() string                       { return "fuzz" }
 func (f bytesFile) Size() (int64, error)             { return f.Reader.Size(), nil }
 func (bytesFile) Sync() error                        { return errors.ErrUnsupported }
 func (bytesFile) Truncate(int64) error               { return errors.ErrUnsupported }
+func (bytesFile) DropCache() error                   { return errors.ErrUnsupported }
 func (bytesFile) PunchHole(int64, int64) error       { return errors.ErrUnsupported }
 
 // goldenBytes returns what a golden file dumps.

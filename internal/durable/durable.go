@@ -41,6 +41,10 @@ type File interface {
 	// The file keeps its length. Where the file system cannot do it, the error
 	// is [errors.ErrUnsupported] and nothing has changed.
 	PunchHole(off, length int64) error
+	// DropCache makes reads from now on see what the disk holds, after a Sync
+	// that succeeded. Bytes that an earlier Sync failed to write can be read
+	// until then, and are not written any more.
+	DropCache() error
 }
 
 // FS is the set of operations on files that durable state is made of. Errors
@@ -92,6 +96,14 @@ func (f osFile) Sync() error { return f.call("fdatasync", unix.Fdatasync) }
 func (f osFile) PunchHole(off, length int64) error {
 	return f.call("punch hole", func(fd int) error {
 		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	})
+}
+
+// Source: posix_fadvise(2): clean pages are dropped, and those that could not be
+// written count as clean.
+func (f osFile) DropCache() error {
+	return f.call("drop cache", func(fd int) error {
+		return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
 	})
 }
 

@@ -162,6 +162,29 @@ func (c *content) dropDirty() {
 	c.lengthDirty = false
 }
 
+// dropCache decides what became of the bytes that a Sync failed to write: those of
+// every other sector did reach the disk.
+func (c *content) dropCache() (grown int64) {
+	for i, s := range c.sectors {
+		if s.dirty || len(s.before) == 0 {
+			continue
+		}
+		before := s.before[0]
+		s.before = nil
+		if i%2 == 1 {
+			continue
+		}
+		if s.now != nil {
+			grown -= sectorSize
+		}
+		if before != nil {
+			grown += sectorSize
+		}
+		s.now = before
+	}
+	return grown
+}
+
 // Loss is how much of what is not durable a loss of power takes: LoseAll,
 // LoseNothing, or with any other value a part that the value is the seed of.
 type Loss uint64

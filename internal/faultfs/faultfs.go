@@ -25,7 +25,8 @@
 //     the new name's folder. A folder that is forgotten takes along what was in it.
 //   - A failed Sync drops the dirty bytes: they may or may not have reached the
 //     disk, they still can be read, as from a page cache, and a later Sync
-//     succeeds without them. Only bytes written again count for it.
+//     succeeds without them. Only bytes written again count for it. DropCache
+//     makes it plain: half of the sectors are then as on disk before.
 //
 // # Concurrency
 //

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -212,6 +213,14 @@ func TestPowerLossBytes(t *testing.T) {
 			}
 			ok(t, f.Sync())
 		}, "abc", []string{"abc", "xbc"}},
+		{"failed sync, cache dropped", func(t *testing.T, f durable.File) {
+			write(t, f, fill('x', 2), 0)
+			if err := f.Sync(); !errors.Is(err, syscall.EIO) {
+				t.Fatalf("got %v, want %v", err, syscall.EIO)
+			}
+			ok(t, f.Sync())
+			ok(t, f.DropCache())
+		}, "axc", []string{"axc"}},
 		{"failed sync, written again", func(t *testing.T, f durable.File) {
 			write(t, f, fill('x', 1), 0)
 			if err := f.Sync(); !errors.Is(err, syscall.EIO) {
@@ -230,7 +239,7 @@ func TestPowerLossBytes(t *testing.T) {
 			write(t, f, fill('c', 1), 2*sector)
 			ok(t, f.Sync())
 			ok(t, fsys.SyncDir("/dir"))
-			if tt.name == "failed sync" || tt.name == "failed sync, written again" {
+			if strings.HasPrefix(tt.name, "failed sync") {
 				fsys.Fail(faultfs.Fault{Kinds: faultfs.Sync, N: 1})
 			}
 			tt.change(t, f)

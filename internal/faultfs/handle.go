@@ -128,6 +128,16 @@ func (h *file) Sync() error {
 	return nil
 }
 
+func (h *file) DropCache() error {
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	if h.closed {
+		return os.ErrClosed
+	}
+	h.fs.used += h.node.dropCache()
+	return nil
+}
+
 func (h *file) Close() error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()

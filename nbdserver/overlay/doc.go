@@ -78,8 +78,9 @@
 //     writes whole. States of blocks do not depend on each other, so any mixture of
 //     old and new sectors is right.
 //
-// Open syncs the file before it reads it, so that what a killed process left in
-// the page cache is not seen, relied on, and then lost.
+// Open syncs the file and its folder and drops the file from the page cache before
+// it reads, so that what a killed process or a failed Sync left there is not seen,
+// relied on, and then lost.
 //
 // A Sync that fails makes the overlay failed: this and all later writes and Syncs
 // fail with [syscall.EIO]; reads go on. It has to be opened again, and is then as

@@ -37,16 +37,13 @@ func patternZero(off int64) bool { return off%(64*kib) >= 48*kib }
 
 func (d pattern) ReadAt(p []byte, off int64) (int, error) {
 	_, n := image.Clip(off, int64(len(p)), d.Size())
-	var word [8]byte
-	for i := range n {
+	for i := int64(0); i < n; {
 		at := off + i
-		if at%8 == 0 || i == 0 {
+		var word [8]byte
+		if !patternZero(at) {
 			binary.LittleEndian.PutUint64(word[:], uint64(at/8+1)*0x9e3779b97f4a7c15)
-			if patternZero(at) {
-				word = [8]byte{}
-			}
 		}
-		p[i] = word[at%8]
+		i += int64(copy(p[i:n], word[at%8:]))
 	}
 	if int(n) < len(p) {
 		return int(n), io.EOF

@@ -131,11 +131,14 @@ func create(path string, h *header, fsys durable.FS) (err error) {
 	}
 	// The content is durable under its temporary name; the rename is what
 	// commits it.
-	if err := fsys.Rename(temporary, path); err != nil {
-		_ = fsys.Remove(temporary)
-		return err
+	err = fsys.Rename(temporary, path)
+	if err == nil {
+		err = fsys.SyncDir(filepath.Dir(path))
 	}
-	return fsys.SyncDir(filepath.Dir(path))
+	if err != nil { // it may have its name all the same
+		_, _ = fsys.Remove(temporary), fsys.Remove(path)
+	}
+	return err
 }
 
 func writeEmpty(f durable.File, h *header) error {
@@ -176,8 +179,15 @@ func Open(path string, disk image.Disk, o Options) (*Overlay, error) {
 }
 
 func open(f durable.File, path string, disk image.Disk, o Options) (*Overlay, error) {
-	// What a killed process wrote may be in the page cache alone.
+	// What a killed process wrote may be in the page cache alone, and the name
+	// too. What it failed to sync may still be there, and never be written.
 	if err := f.Sync(); err != nil {
+		return nil, err
+	}
+	if err := f.DropCache(); err != nil {
+		return nil, err
+	}
+	if err := o.FS.SyncDir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
 	h, m, err := load(f)

@@ -452,13 +452,13 @@ func dumpSparse(t *testing.T, fsys *faultfs.FS, name string) []byte {
 	size, err := f.Size()
 	ok(t, err)
 	dump := fmt.Appendf(nil, "%d bytes\n", size)
-	b := make([]byte, mib)
+	b, empty := make([]byte, mib), make([]byte, block)
 	for off := int64(0); off < size; off += mib {
 		b := b[:min(mib, size-off)]
 		_, err := f.ReadAt(b, off)
 		ok(t, err)
 		for i := 0; i < len(b); i += block {
-			if b := b[i:min(len(b), i+block)]; len(bytes.Trim(b, "\x00")) > 0 {
+			if b := b[i:min(len(b), i+block)]; !bytes.Equal(b, empty[:len(b)]) {
 				dump = append(fmt.Appendf(dump, "at %d\n", off+int64(i)), b...)
 			}
 		}

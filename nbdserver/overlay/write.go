@@ -75,13 +75,13 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	if s == data && n == int64(len(p)) {
 		// No state changes. If a Zero or Trim comes between, it overlaps.
 		_, err = o.file.WriteAt(p, o.layout.block(0)+off)
+		o.changes.Add(1)
 	} else {
 		err = o.writeNew(p, off)
 	}
 	if err != nil {
 		return 0, fmt.Errorf("overlay %s: write %d bytes at %d: %w", o.path, len(p), off, err)
 	}
-	o.changes.Add(1)
 	return len(p), nil
 }
 
@@ -106,9 +106,7 @@ func (o *Overlay) writeNew(p []byte, off int64) error {
 		return err
 	}
 	// All of the blocks is in the file now; from here on they are read from it.
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.blocks.set(first, end, data)
+	o.setState(first, end, data)
 	return nil
 }
 
@@ -293,9 +291,7 @@ func (o *Overlay) zeroInPage(first, end int64) error {
 		}
 	}
 	holes := o.dataRuns(first, end)
-	o.mu.Lock()
-	o.blocks.set(first, end, zero)
-	o.mu.Unlock()
+	o.setState(first, end, zero)
 	o.used.Add(-(end - first - v.fresh) * blockSize)
 	// Reads no longer go there, and writes wait for the range.
 	for _, hole := range holes {
@@ -303,8 +299,16 @@ func (o *Overlay) zeroInPage(first, end int64) error {
 			return err
 		}
 	}
-	o.changes.Add(1)
 	return nil
+}
+
+// setState changes the map. That there is something to sync is known by the time
+// that others can see the change and leave it at that.
+func (o *Overlay) setState(first, end int64, s state) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.blocks.set(first, end, s)
+	o.changes.Add(1)
 }
 
 // dataRuns returns the runs of blocks that are data, in blocks. Their range is locked
