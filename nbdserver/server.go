@@ -2,8 +2,9 @@
 //
 // A [Server] holds named exports, each an [image.Disk], and speaks fixed
 // newstyle NBD on the listeners it is given, in plain text or over TLS. Clients
-// that negotiate structured replies get zeros as holes, and block status of the
-// context base:allocation.
+// that negotiate structured replies or extended headers get zeros as holes, and
+// block status of base:allocation and of the export's own contexts. Disks that are
+// an [image.Writer] can be written.
 //
 // The protocol is NBD's doc/proto.md; comments name its sections.
 //
@@ -12,25 +13,49 @@
 // The handshake runs in one goroutine. Whatever it settles is forgotten when TLS
 // starts, and metadata contexts when it goes on to another export. The transmission phase has
 //
-//	one reader     takes requests off the socket, waits for the byte budget,
-//	               hands each request to a worker; while the disk answers
-//	               within microseconds, it executes small ones itself, and
-//	               another goroutine goes on reading if one then takes long
-//	workers        started as they are needed, at most Options.Workers; each reads the disk and
-//	               builds the whole reply in one pooled buffer
+//	one reader     takes requests off the socket, with the payloads of writes,
+//	               and queues them; while the disk answers within
+//	               microseconds, it executes small ones itself, and another
+//	               goroutine goes on reading if one then takes long
+//	workers        started while something is queued, at most
+//	               Options.Workers; each executes a request, or a piece of
+//	               256 KiB of a long one, and builds the reply in a pooled buffer
 //	one writer     a role, not a goroutine: a worker that finds nobody
 //	               writing writes, and goes on until nothing waits
 //
-// So a request to a quick disk wakes no other goroutine, a slow disk is read in
+// So a request to a quick disk wakes no other goroutine, a slow disk is used in
 // parallel, and under load many replies leave with one system call. Replies
-// overtake each other, and small ones overtake large ones.
+// overtake each other, and small requests and replies overtake large ones. A
+// sequence of reads is told to a disk that is a [Prefetcher], as is NBD_CMD_CACHE.
+//
+// # Memory
+//
+// A piece is executed once there is memory for it, and the payload of a write is
+// read from the socket in pieces, each once there is memory. Every connection has
+// 256 KiB of its own, so that it gets on whatever others do. Beyond that it borrows
+// from Options.Memory, and never comes to hold more than half of what is then
+// free: one client that asks for much and reads nothing holds a third, a hundred
+// of them leave room for others. Replies that cannot be cut (simple ones, and those
+// with the flag DF) and are longer than a piece take their memory, in turn, from
+// 64 MiB for all connections; of a connection at most 4 do so at the same time,
+// and a client that holds some and takes less than 256 KiB in 30 s is dropped.
+//
+// # Writes
+//
+// A flush makes durable what all connections have been told is written; flushes
+// that wait at the same time share one Sync. A long write reaches the disk in
+// pieces, in any order; when one fails the others may be written or not. A write
+// that fails is read from the socket to its end, so the connection goes on.
 //
 // # Invariants
 //
-//   - A reply is complete before its first byte is sent: an error of the disk
-//     becomes an error reply (EIO) and never a broken stream.
-//   - The server reads an export's disk only between the handshake that chose
-//     the export and the return of [Server.Remove] or [Server.Serve].
+//   - A reply, or the chunk of one, is complete before its first byte is sent: an
+//     error of the disk becomes an error reply or chunk and never a broken stream.
+//   - The server uses an export's disk only between the handshake that chose
+//     the export and the return of [Server.Remove] or [Server.Serve], unless that
+//     is ErrBusy.
+//   - Whatever a request waits for is given in the order of asking, but for the
+//     preference of small ones, which is bounded.
 //   - Metadata contexts belong to the export that they were negotiated for.
 //   - An export with a list of identities is neither listed nor described nor
 //     entered without one of them on a certificate that was verified for this
@@ -46,10 +71,16 @@
 //	128         queries of a metadata option, 16 contexts selected
 //	10 s        for a handshake, TLS's included; see Options.MaxConnections for
 //	            how many may be under way
-//	65,536      extents of a block status reply, and pieces of the disk's map
-//	            that are looked at for it
+//	256 KiB     of extents in a block status reply for each context, and 65,536
+//	            pieces of the context that are looked at for it
+//	256         requests of a connection that wait to be executed
+//	64          operations that an export's disk runs at the same time, and of
+//	            4,096 more for all exports at most half of what is free: a
+//	            disk that hangs holds up no other export
 //
-// and those of [Options]. A connection has at most Options.Budget bytes of replies in memory.
+// and those of [Options]. In all, payloads and replies take at most
+// Options.Memory + 64 MiB + 256 KiB for each connection, which besides has buffers
+// and queues of less than 100 KiB.
 package nbdserver
 
 import (
