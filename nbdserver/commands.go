@@ -156,8 +156,8 @@ func (c *conn) perform(ctx context.Context, j job) {
 	if p == nil {
 		began := time.Now()
 		err := c.execute(ctx, j, b)
-		if j.length <= smallReply && (j.Command == wire.CmdRead || j.Command == wire.CmdWrite) {
-			c.note(time.Since(began))
+		if j.Command == wire.CmdRead || j.Command == wire.CmdWrite {
+			c.note(time.Since(began), j.length)
 		}
 		c.export.slots.leave()
 		p = c.problem(ctx, j, err)
@@ -165,9 +165,12 @@ func (c *conn) perform(ctx context.Context, j job) {
 	c.answer(j, b, p)
 }
 
-// note counts how often in a row the disk was quick.
-func (c *conn) note(took time.Duration) {
-	if took > quickly {
+// note counts how often in a row the disk was quick with small jobs, and whether
+// it is with large ones.
+func (c *conn) note(took time.Duration, length int64) {
+	if length > smallReply {
+		c.queue.note(took)
+	} else if took > quickly {
 		c.quick.Store(0)
 	} else if c.quick.Load() < quickRun {
 		c.quick.Add(1)

@@ -62,6 +62,8 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 	}
 	c.queue.memory = account{pool: s.memory, credit: bufferCost(pieceLen)}
 	c.queue.limit = s.options.Workers
+	c.queue.watch = time.AfterFunc(stallPeriod, c.queue.stall)
+	c.queue.watch.Stop()
 	c.out.conn = nc
 	c.out.release = func(cost, lane int64) {
 		if lane > 0 {
@@ -125,6 +127,7 @@ func (c *conn) end(err error, aborted <-chan struct{}) error {
 	go func() {
 		c.readers.Wait()
 		c.queue.started.Wait()
+		c.queue.watch.Stop()
 		c.queue.close()
 		c.export.users.Done()
 		close(idle)

@@ -157,7 +157,7 @@ func (c modeClient) answer(q ask64) answer {
 // chunkOf reads a chunk of the reply to q.
 func (c modeClient) chunkOf(q ask64) chunk {
 	c.Helper()
-	k := chunk{}
+	var k chunk
 	if c.mode == structuredMode {
 		k = c.chunk()
 	} else {

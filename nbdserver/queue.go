@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/nbdserver/internal/wire"
 )
@@ -17,6 +18,13 @@ const (
 	maxQueued = 256
 	// smallRun is after how many small jobs in a row a large one is due.
 	smallRun = 16
+	// fewWorkers is how many workers a connection has while the disk answers large
+	// jobs promptly, as from memory: more are no faster, and push each other's
+	// buffers out of the processor's caches. stallPeriod is after how long more
+	// are started when these suddenly do not get on.
+	fewWorkers  = 4
+	promptly    = 150 * time.Microsecond
+	stallPeriod = 2 * time.Millisecond
 	// wholeWorkers is how many replies of a connection that cannot be cut may
 	// be under way at the same time.
 	wholeWorkers = 4
@@ -108,6 +116,11 @@ type schedule struct {
 	workers int
 	wholes  int           // workers for whole
 	full    chan struct{} // closed when there is room; nil while nobody waits
+	prompt  bool          // the disk has answered the last large job promptly
+	watched bool          // stall is to run
+	taken   uint64        // jobs, up to now
+	before  uint64        // and when stall was set to run
+	watch   *time.Timer
 
 	started sync.WaitGroup // workers
 	limit   int            // of workers
@@ -200,13 +213,44 @@ func (s *schedule) busy() bool {
 
 // spawnLocked starts a worker if there may be something to do for one more.
 func (s *schedule) spawnLocked() {
-	if s.workers < s.limit && s.small.len()+s.large.len() > 0 {
+	limit := s.limit
+	if s.prompt {
+		limit = min(limit, fewWorkers)
+	}
+	if s.workers >= limit && limit < s.limit && !s.watched && s.small.len()+s.large.len() > 0 {
+		s.watched, s.before = true, s.taken
+		s.watch.Reset(stallPeriod)
+	}
+	if s.workers < limit && s.small.len()+s.large.len() > 0 {
 		s.workers++
 		s.started.Go(func() { s.work(s.next) })
 	}
 	if s.wholes < wholeWorkers && s.whole.len() > 0 {
 		s.wholes++
 		s.started.Go(func() { s.work(s.nextWhole) })
+	}
+}
+
+// stall looks whether the workers get on, and lets there be more if not.
+func (s *schedule) stall() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watched = false
+	if s.taken == s.before {
+		s.prompt = false
+	}
+	if s.workers > 0 { // or nothing is left
+		s.spawnLocked()
+	}
+}
+
+// note takes note of how long the disk took for a large job.
+func (s *schedule) note(took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.prompt != (took < promptly) {
+		s.prompt = !s.prompt
+		s.spawnLocked()
 	}
 }
 
@@ -224,6 +268,7 @@ func (s *schedule) next() (job, bool) {
 			return job{}, false
 		}
 		s.run++
+		s.taken++
 		if from == &s.large {
 			s.run = 0
 		}
