@@ -306,18 +306,18 @@ func TestPowerLossNames(t *testing.T) {
 			found := map[string]bool{}
 			for seed := range 200 {
 				after := fsys.PowerLoss(faultfs.Loss(seed + 1))
-				s := ""
+				var s strings.Builder
 				for _, name := range []string{"/d/a", "/d/b"} {
 					switch data := read(t, after, name); {
 					case data == nil:
-						s += " none"
+						s.WriteString(" none")
 					case len(data) == 0:
-						s += " "
+						s.WriteString(" ")
 					default:
-						s += " " + string(data[:1])
+						s.WriteString(" " + string(data[:1]))
 					}
 				}
-				found[s[1:]] = true
+				found[s.String()[1:]] = true
 			}
 			wantFound(t, found, tt.want...)
 		})

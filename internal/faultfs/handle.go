@@ -65,6 +65,7 @@ func (h *file) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	case Half:
 		p = p[:len(p)/2]
+	case Whole:
 	}
 	if fits := h.fs.fitsLocked(h.node, p, off); fits < len(p) {
 		p = p[:fits]
@@ -112,6 +113,7 @@ func (h *file) PunchHole(off, length int64) error {
 		return err
 	case Half:
 		length /= 2
+	case Whole:
 	}
 	h.fs.used += h.node.punch(off, length)
 	return err

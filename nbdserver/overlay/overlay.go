@@ -18,7 +18,7 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
-// NoLimit, given to Open, takes a limit away.
+// NoLimit takes a limit away, when it is given to Open.
 const NoLimit int64 = -1
 
 // Options of an overlay. The zero value is good.
@@ -107,11 +107,17 @@ func Create(path string, disk image.Disk, o Options) (*Overlay, error) {
 	if err := create(path, h, o.FS); err != nil {
 		return nil, fmt.Errorf("create overlay %s: %w", path, err)
 	}
-	return Open(path, disk, o)
+	ov, err := Open(path, disk, o) // which makes the name durable
+	if err != nil {
+		_ = o.FS.Remove(path)
+		return nil, err
+	}
+	return ov, nil
 }
 
-// create makes a file with an empty map, durable when it returns nil.
-func create(path string, h *header, fsys durable.FS) (err error) {
+// create makes a file with an empty map. All but its name is durable when it returns
+// nil.
+func create(path string, h *header, fsys durable.FS) error {
 	if f, err := fsys.Open(path); err == nil {
 		return errors.Join(os.ErrExist, f.Close())
 	} else if !errors.Is(err, os.ErrNotExist) {
@@ -129,16 +135,13 @@ func create(path string, h *header, fsys durable.FS) (err error) {
 		_ = fsys.Remove(temporary) // what is left is removed by the next Create
 		return err
 	}
-	// The content is durable under its temporary name; the rename is what
-	// commits it.
-	err = fsys.Rename(temporary, path)
-	if err == nil {
-		err = fsys.SyncDir(filepath.Dir(path))
+	// The content is durable under its temporary name. The rename commits it, once
+	// the folder is synced.
+	if err := fsys.Rename(temporary, path); err != nil {
+		_, _ = fsys.Remove(temporary), fsys.Remove(path) // it may have its name all the same
+		return err
 	}
-	if err != nil { // it may have its name all the same
-		_, _ = fsys.Remove(temporary), fsys.Remove(path)
-	}
-	return err
+	return nil
 }
 
 func writeEmpty(f durable.File, h *header) error {
