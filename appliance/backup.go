@@ -138,7 +138,13 @@ func (b ImageBackup) openOne(ctx context.Context, path string, log *slog.Logger)
 		return nil, invalid("%v", err)
 	}
 	o.Log = log
-	return nbdclient.Dial(ctx, o)
+	o.NoReconnect = true // what comes back may serve another moment of the disk
+	c, err := nbdclient.Dial(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	context.AfterFunc(ctx, func() { c.Close() }) // ends reads that wait for a silent server
+	return c, nil
 }
 
 // isNBD reports whether the name of a file is the URI of an NBD export.
