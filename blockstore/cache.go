@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// cache keeps decoded chunks and nodes, the least recently used going first.
+// cache keeps map nodes, the least recently used going first.
 // Readers that want the same one at the same time share one load.
 type cache struct {
 	mu    sync.Mutex

@@ -426,7 +426,8 @@ func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) err
 			if err := w.remove(e.ID); err != nil {
 				return err
 			}
-			c.r.cache.drop(e.ID)
+			c.r.nodes.drop(e.ID)
+			c.r.chunks.drop(e.ID)
 		}
 		return w.removeSummary(seg.number)
 	})

@@ -6,6 +6,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"sync"
 	"sync/atomic"
 
 	"github.com/holdfast-backup/holdfast/image"
@@ -25,7 +26,16 @@ type Disk struct {
 	m      Map
 	o      DiskOptions
 	label  string
-	closed atomic.Bool
+	closed atomic.Bool // set with r.ahead.mu held
+
+	last  atomic.Pointer[diskLeaf] // the leaf that was read last
+	ahead sync.WaitGroup           // chunks that are in the queue of r.ahead, or being read ahead
+}
+
+// diskLeaf is a leaf of a disk; nil if it is all zeros.
+type diskLeaf struct {
+	index int64
+	node  Node
 }
 
 // Size returns the disk's size in bytes.
@@ -34,14 +44,19 @@ func (d *Disk) Size() int64 { return d.m.Size }
 // Map returns the map that the disk reads.
 func (d *Disk) Map() Map { return d.m }
 
-// Close lets a collection have what no point needs any more.
+// Close lets a collection have what no point needs any more. It waits for what
+// Prefetch began.
 func (d *Disk) Close() error {
 	d.unpin()
 	return nil
 }
 
 func (d *Disk) unpin() {
-	if !d.closed.Swap(true) {
+	d.r.ahead.mu.Lock()
+	was := d.closed.Swap(true)
+	d.r.ahead.mu.Unlock()
+	if !was {
+		d.ahead.Wait()
 		d.r.unpin(d.m)
 	}
 }
@@ -81,24 +96,16 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 		p, end = p[:d.m.Size-off], io.EOF
 	}
 	chunkSize := int64(d.r.chunkSize)
-	var leaf Node
-	leafIndex := int64(-1)
+	p = p[:len(p):len(p)]
 	for n := 0; n < len(p); {
 		at := off + int64(n)
-		if i := at / d.r.LeafSpan(); i != leafIndex {
-			var err error
-			if leaf, err = d.r.Leaf(d.m, i); err != nil {
-				return n, fmt.Errorf("%s, offset %d: %w", d.label, at, err)
-			}
-			leafIndex = i
-		}
 		within := at % chunkSize
 		part := p[n:min(len(p), n+int(chunkSize-within))]
-		var id ID
-		if leaf != nil {
-			id = leaf.Child(int(at / chunkSize % Fanout))
+		id, err := d.chunkAt(at)
+		if err == nil {
+			err = d.readChunk(part, id, within)
 		}
-		if err := d.readChunk(part, id, within); err != nil {
+		if err != nil {
 			return n, fmt.Errorf("%s, offset %d: %w", d.label, at, err)
 		}
 		n += len(part)
@@ -106,7 +113,26 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), end
 }
 
-// readChunk fills p from a chunk, starting within it.
+// chunkAt returns the id of the chunk that holds the byte at off.
+func (d *Disk) chunkAt(off int64) (ID, error) {
+	i := off / d.r.LeafSpan()
+	leaf := d.last.Load()
+	if leaf == nil || leaf.index != i {
+		n, err := d.r.Leaf(d.m, i)
+		if err != nil {
+			return ID{}, err
+		}
+		leaf = &diskLeaf{i, n}
+		d.last.Store(leaf)
+	}
+	if leaf.node == nil {
+		return ID{}, nil
+	}
+	return leaf.node.Child(int(off / int64(d.r.chunkSize) % Fanout)), nil
+}
+
+// readChunk fills p from a chunk, starting within it. What lies in p's capacity
+// behind it is undefined afterwards.
 func (d *Disk) readChunk(p []byte, id ID, within int64) error {
 	if id.IsNull() {
 		clear(p)
@@ -114,20 +140,20 @@ func (d *Disk) readChunk(p []byte, id ID, within int64) error {
 	}
 	if d.o.Whole {
 		if len(p) == d.r.chunkSize {
-			_, err := d.r.load(id, chunkRecord, p, true)
-			return err
+			return d.r.load(id, chunkRecord, p, true)
 		}
-		data, err := d.r.load(id, chunkRecord, make([]byte, d.r.chunkSize), true)
+		data := make([]byte, d.r.chunkSize, d.r.chunkSize+decodeSlack)
+		err := d.r.load(id, chunkRecord, data, true)
 		if err == nil {
 			copy(p, data[within:])
 		}
 		return err
 	}
-	data, err := d.r.cache.get(id, func() ([]byte, error) {
-		return d.r.load(id, chunkRecord, make([]byte, d.r.chunkSize), false)
-	})
-	if err == nil {
-		copy(p, data[within:])
+	chunk, err := d.r.chunks.acquire(id, len(p) == d.r.chunkSize)
+	if err != nil {
+		return err
 	}
-	return err
+	copy(p, chunk.data[within:])
+	d.r.chunks.release(chunk)
+	return nil
 }

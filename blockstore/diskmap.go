@@ -90,8 +90,9 @@ func (r *Repository) node(id ID) (Node, error) {
 	if id.IsNull() {
 		return nil, nil
 	}
-	return r.cache.get(id, func() ([]byte, error) {
-		return r.load(id, nodeRecord, make([]byte, nodeSize), true)
+	return r.nodes.get(id, func() ([]byte, error) {
+		n := make([]byte, nodeSize)
+		return n, r.load(id, nodeRecord, n, true)
 	})
 }
 

@@ -149,7 +149,8 @@
 // chunk there does not count, and it is stored anew.
 //
 // Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
-// segmentSet.mu, segment.opening, cache.mu. A claim is waited for with no lock held.
+// segmentSet.mu, segment.opening, cache.mu, chunkCache.mu. prefetcher.mu is taken
+// by itself. A claim is waited for with no lock held.
 //
 // # Limits
 //
@@ -157,5 +158,7 @@
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
 // stored bytes), the points, one bit a chunk for each session and collection, and 32 bytes for each
 // chunk that is known to be damaged.
-// BadgerDB takes up to about 200 MiB, the cache 128 MiB.
+// BadgerDB takes up to about 200 MiB; decoded chunks and nodes take Options.CacheSize, an eighth of the memory
+// but at most 2 GiB, as disks are served; up to 256 chunks, an eighth of the cache at most, wait
+// to be read ahead by up to 4 goroutines.
 package blockstore

@@ -75,7 +75,7 @@ func closeOnce(t testing.TB, r *Repository) {
 // discard marks a repository as closed and lets go of its memory, which the test's
 // cleanup would hold on to.
 func discard(r *Repository) {
-	r.unlock, r.index, r.coder, r.cache, r.appender, r.segments = nil, nil, nil, nil, nil, nil
+	r.unlock, r.index, r.coder, r.nodes, r.chunks, r.appender, r.segments = nil, nil, nil, nil, nil, nil, nil
 }
 
 // content is what a test disk holds: the n-th chunk is made from the n-th number,
@@ -222,4 +222,10 @@ func numbers(first, n uint32) content {
 		c[i] = first + uint32(i)
 	}
 	return c
+}
+
+// emptyCache forgets what was decoded.
+func emptyCache(r *Repository) {
+	r.nodes = newCache(r.nodes.limit)
+	r.chunks = newChunkCache(r.chunkSize, int64(r.chunks.limit)*int64(r.chunkSize+decodeSlack), r.chunks.load)
 }

@@ -25,9 +25,6 @@ const (
 	indexDir    = "index"
 )
 
-// defaultCacheSize is the memory for decoded chunks and map nodes, bytes.
-const defaultCacheSize = 128 << 20
-
 // Options are the choices made at each opening.
 type Options struct {
 	// Passphrase and Identities open an encrypted repository.
@@ -38,7 +35,9 @@ type Options struct {
 	// SegmentSize is the length at which segments are sealed, bytes, up to
 	// 1 GiB; 0 is DefaultSegmentSize.
 	SegmentSize int64
-	// CacheSize bounds the memory for decoded chunks, bytes; 0 is 128 MiB.
+	// CacheSize bounds the memory for decoded chunks and map nodes, bytes; 0 is an
+	// eighth of the memory that the process may have, 128 MiB to 2 GiB. It is
+	// taken as it is needed, by disks that are not read Whole.
 	CacheSize int64
 
 	// For tests; the zero values are those of production.
@@ -54,7 +53,7 @@ func (o Options) withDefaults() (Options, error) {
 		o.SegmentSize = DefaultSegmentSize
 	}
 	if o.CacheSize == 0 {
-		o.CacheSize = defaultCacheSize
+		o.CacheSize = defaultCacheSize()
 	}
 	if o.fs == nil {
 		o.fs = durable.OS()
@@ -84,7 +83,9 @@ type Repository struct {
 	segments *segmentSet
 	appender *appender
 	claims   *claims
-	cache    *cache
+	nodes    *cache
+	chunks   *chunkCache
+	ahead    *prefetcher
 	buffers  sync.Pool // of *[]byte, for records
 	unlock   func()
 
@@ -124,7 +125,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	}
 	r := &Repository{
 		dir: dir, fs: fsys, log: o.Log, segmentSize: o.SegmentSize, unlock: unlock,
-		claims: newClaims(), cache: newCache(o.CacheSize),
+		claims: newClaims(),
 		points: map[PointID]Point{}, damagedPoints: map[PointID]error{}, pins: map[Map]int{},
 		unsettled: map[PointID]struct{}{},
 	}
@@ -136,6 +137,12 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	if err := r.configure(data, o); err != nil {
 		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, configFile), err)
 	}
+	nodes := min(o.CacheSize/4, maxNodeCache)
+	r.nodes = newCache(nodes)
+	r.chunks = newChunkCache(r.chunkSize, o.CacheSize-nodes, func(id ID, dst []byte) error {
+		return r.load(id, chunkRecord, dst, false)
+	})
+	r.ahead = newPrefetcher(r.chunks.limit)
 	r.buffers.New = func() any { b := make([]byte, 0, recordHeaderSize+r.chunkSize+sealOverhead); return &b }
 	r.appender = newAppender(r)
 	if err := r.loadPoints(); err != nil {
@@ -226,19 +233,17 @@ func (r *Repository) find(id ID) (location, bool, error) {
 	return r.index.get(id)
 }
 
-// load reads a chunk or node, whose plain length is len(dst), into dst. With
+// load reads a chunk or node, whose plain length is len(dst), into dst. Up to decodeSlack
+// bytes behind it, in its capacity, are undefined afterwards. With
 // check its hash is compared, too. The error wraps ErrDamaged if the
 // bytes are not there or not right.
-func (r *Repository) load(id ID, kind recordType, dst []byte, check bool) ([]byte, error) {
+func (r *Repository) load(id ID, kind recordType, dst []byte, check bool) error {
 	err := r.loadRetrying(id, kind, dst, check)
 	if errors.Is(err, ErrDamaged) && !r.Damaged(id) {
 		// The next backup that meets this content stores it anew.
 		err = errors.Join(err, r.markDamaged([]ID{id}))
 	}
-	if err != nil {
-		return nil, err
-	}
-	return dst, nil
+	return err
 }
 
 func (r *Repository) loadRetrying(id ID, kind recordType, dst []byte, check bool) error {
@@ -393,7 +398,8 @@ func (r *Repository) markDamaged(ids []ID) error {
 	defer r.mu.Unlock()
 	for _, id := range ids {
 		r.damaged[id] = struct{}{}
-		r.cache.drop(id)
+		r.nodes.drop(id)
+		r.chunks.drop(id)
 	}
 	r.damagedCount.Store(int64(len(r.damaged)))
 	return err

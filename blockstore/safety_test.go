@@ -178,7 +178,7 @@ func TestDamagedStructure(t *testing.T) {
 					if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
 						t.Errorf("%s, index %v: collect: %v", tt.name, index, err)
 					}
-					r.cache = newCache(defaultCacheSize)
+					emptyCache(r)
 					if got := damaged(r); got != tt.lost {
 						t.Errorf("%s, index %v: %d chunks are lost after a collection, want %d", tt.name, index, got, tt.lost)
 					}
@@ -222,7 +222,7 @@ func TestWrongHeight(t *testing.T) {
 		}
 	}
 	_, _ = r.Collect(t.Context(), CollectOptions{}) // whatever it says of the wrong points
-	r.cache = newCache(defaultCacheSize)
+	emptyCache(r)
 	checkDisk(t, r, good.ID, c)
 }
 

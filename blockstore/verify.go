@@ -151,7 +151,7 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 	if t.level == 0 || !v.walked.add(t.level, loc) {
 		return nil
 	}
-	v.r.cache.drop(t.id) // what is in memory proves nothing of what is on disk
+	v.r.nodes.drop(t.id) // what is in memory proves nothing of what is on disk
 	n, err := v.r.node(t.id)
 	if errors.Is(err, ErrDamaged) {
 		v.fail(t.id, err)
@@ -171,7 +171,7 @@ func (v *verification) mark(ctx context.Context, t tree) error {
 
 // readOne checks a chunk by itself.
 func (v *verification) readOne(id ID) error {
-	_, err := v.r.load(id, chunkRecord, make([]byte, v.r.chunkSize), true)
+	err := v.r.load(id, chunkRecord, make([]byte, v.r.chunkSize, v.r.chunkSize+decodeSlack), true)
 	if errors.Is(err, ErrDamaged) {
 		v.fail(id, err)
 		return nil
