@@ -1,0 +1,75 @@
+// Command rawserver serves a raw file over NBD with package nbdserver, for
+// benchmarks beside other servers: with -delay as a disk whose every read takes a
+// while.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/image/raw"
+	"github.com/holdfast-backup/holdfast/nbdserver"
+)
+
+func main() {
+	delay := flag.Duration("delay", 0, "how long each read takes longer")
+	flag.Usage = func() {
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: rawserver [-delay DURATION] SOCKET FILE")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	if flag.NArg() != 2 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := serve(ctx, flag.Arg(0), flag.Arg(1), *delay); err != nil {
+		fmt.Fprintln(os.Stderr, "rawserver:", err)
+		os.Exit(1)
+	}
+}
+
+// serve answers clients of a unix socket until ctx is done.
+func serve(ctx context.Context, socket, file string, delay time.Duration) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	im, err := raw.Open(f, image.OpenOptions{})
+	if err != nil {
+		return err
+	}
+	defer im.Close()
+	var disk image.Disk = im
+	if delay > 0 {
+		disk = slowDisk{im, delay}
+	}
+	s := nbdserver.New(nbdserver.Options{})
+	if err := s.Add(nbdserver.Export{Name: "disk", Disk: disk}); err != nil {
+		return err
+	}
+	l, err := nbdserver.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	return s.Serve(ctx, l)
+}
+
+// slowDisk is a disk whose reads take a while longer.
+type slowDisk struct {
+	image.Disk
+	delay time.Duration
+}
+
+// ReadAt implements [image.Disk].
+func (d slowDisk) ReadAt(p []byte, off int64) (int, error) {
+	time.Sleep(d.delay)
+	return d.Disk.ReadAt(p, off)
+}
