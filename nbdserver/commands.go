@@ -166,13 +166,19 @@ func (c *conn) perform(ctx context.Context, j job) {
 }
 
 // note counts how often in a row the disk was quick with small jobs, and whether
-// it is with large ones.
+// it is with large ones. A single job that took a little longer, as happens to
+// every disk on a busy machine, does not count as much as one that had to wait for
+// something.
 func (c *conn) note(took time.Duration, length int64) {
-	if length > smallReply {
+	quick := c.quick.Load()
+	switch {
+	case length > smallReply:
 		c.queue.note(took)
-	} else if took > quickly {
+	case took > 10*quickly:
 		c.quick.Store(0)
-	} else if c.quick.Load() < quickRun {
+	case took > quickly:
+		c.quick.Store(max(quick-quickRun/4, 0))
+	case quick < quickRun:
 		c.quick.Add(1)
 	}
 }
