@@ -11,6 +11,7 @@ rng = random.Random(seed)
 size = os.path.getsize(source)
 f = open(source, "rb")
 h = nbd.NBD()
+h.set_uri_allow_local_file(True)  # certificates
 h.connect_uri(uri)
 if h.get_size() < size:
     sys.exit(f"export of {h.get_size()} bytes, want at least {size}")
