@@ -358,6 +358,9 @@ func (c *conn) runs(ctx context.Context, whole image.Extent) []image.Extent {
 	var runs []image.Extent
 	pos := whole.Off
 	for e, err := range image.Coalesce(c.export.Disk.Extents(ctx, whole.Off, whole.Len)) {
+		if err != nil && ctx.Err() != nil {
+			break // nobody is there to receive what is read
+		}
 		if err != nil {
 			c.log.WarnContext(ctx, "cannot read the map of an export's disk", slog.Int64("offset", pos), slog.Any("error", err))
 			break

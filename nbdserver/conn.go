@@ -29,7 +29,7 @@ const (
 	quietTime = 100 * time.Millisecond
 	// closingTime is how long requests may stay in a disk after their connection
 	// was closed before they are left to themselves.
-	closingTime = time.Second
+	closingTime = 5 * time.Second
 )
 
 // conn is a client in the transmission phase.
@@ -323,17 +323,12 @@ func (c *conn) accept(ctx context.Context, r wire.Request) error {
 	return c.dispatch(ctx, c.newJob(r, contexts))
 }
 
-// payload returns how many bytes follow a request's header.
+// payload returns how many bytes follow a request's header: with extended headers
+// what the flag says, but for a write also without it, since QEMU never sets it.
 //
 // Source: NBD doc/proto.md of branch extension-ext-header, "Request message".
 func (c *conn) payload(r wire.Request) (int, error) {
-	follows := r.Command == wire.CmdWrite
-	if c.extended {
-		follows = r.Flags&wire.CmdFlagPayloadLen != 0
-		if r.Command == wire.CmdWrite && !follows {
-			return 0, fmt.Errorf("%w: a write without the flag for its payload", wire.ErrProtocol)
-		}
-	}
+	follows := r.Command == wire.CmdWrite || c.extended && r.Flags&wire.CmdFlagPayloadLen != 0
 	switch {
 	case !follows:
 		return 0, nil
@@ -462,19 +457,19 @@ func (c *conn) work(ctx context.Context, next func() (job, bool)) {
 // begin waits for what a job needs besides its memory. If nobody is there any
 // more to receive the reply, the job is dropped and begin returns false.
 func (c *conn) begin(ctx context.Context, j job) bool {
-	if j.whole && c.lane.Acquire(ctx, j.laneCost()) != nil {
-		return false
+	err := ctx.Err()
+	if err == nil && j.whole {
+		err = c.lane.Acquire(ctx, j.laneCost())
 	}
-	if j.problem == nil && c.export.slots.enter(ctx) != nil {
-		if j.whole {
+	if err == nil && j.problem == nil {
+		if err = c.export.slots.enter(ctx); err != nil && j.whole {
 			c.lane.Release(j.laneCost())
 		}
-		if j.payload != nil {
-			j.payload.free()
-		}
-		return false // close gives its memory back
 	}
-	return true
+	if err != nil && j.payload != nil {
+		j.payload.free()
+	}
+	return err == nil // else close gives its memory back
 }
 
 func ignoreEOF(err error) error {

@@ -166,8 +166,8 @@ func (n *negotiation) startTLS(ctx context.Context, data []byte) error {
 	if err := c.HandshakeContext(ctx); err != nil { // within the deadline of the connection
 		return fmt.Errorf("TLS: %w", err)
 	}
-	if chains := c.ConnectionState().VerifiedChains; len(chains) > 0 {
-		n.who = Identities(chains[0][0])
+	if peer := c.ConnectionState().PeerCertificates; len(peer) > 0 {
+		n.who = Identities(peer[0]) // which the handshake has verified
 	}
 	n.use(c)
 	n.tls, n.encrypted, n.negotiated = nil, true, negotiated{}
@@ -253,7 +253,7 @@ func (n *negotiation) answer(option uint32, data []byte) {
 }
 
 // upgrade answers the options that change the form of replies. Asking once more
-// for the same is harmless. Extended headers are not given up again.
+// for structured replies is harmless. Extended headers are not given up again.
 //
 // Source: NBD doc/proto.md, "NBD_OPT_STRUCTURED_REPLY", and its branch
 // extension-ext-header, "NBD_OPT_EXTENDED_HEADERS".
@@ -261,6 +261,9 @@ func (n *negotiation) upgrade(option uint32, data []byte) {
 	switch {
 	case len(data) > 0:
 		n.fail(option, wire.RepErrInvalid, "this option has no data")
+		return
+	case option == wire.OptExtendedHeaders && n.extended:
+		n.fail(option, wire.RepErrInvalid, "extended headers are negotiated already")
 		return
 	case option == wire.OptStructuredReply && n.extended:
 		n.fail(option, wire.RepErrExtHeaderReq, "extended headers are negotiated already")

@@ -366,12 +366,9 @@ func TestEveryRequest(t *testing.T) {
 // payloadOf returns the payload of a request. False means one that ends the
 // connection, or asks for a disconnect.
 func payloadOf(m mode, q ask64) ([]byte, bool) {
-	has := q.command == cmdWrite
-	if m == extendedMode {
-		has = q.flags&payloadLen != 0
-	}
+	has := q.command == cmdWrite || m == extendedMode && q.flags&payloadLen != 0
 	switch {
-	case q.command == cmdDisc, m == extendedMode && q.command == cmdWrite && !has, has && q.length > maxRequest:
+	case q.command == cmdDisc, has && q.length > maxRequest:
 		return nil, false
 	case m == extendedMode && has && q.command == cmdStatus:
 		return nil, false // has a meaning, and a test of its own
@@ -488,7 +485,7 @@ func TestExtendedViolations(t *testing.T) {
 	t.Parallel()
 	socket := start(t, quiet, nbdserver.Export{Name: "disk", Disk: newRAM(make([]byte, 1<<20))})
 	for _, q := range []ask64{
-		{0, cmdWrite, 1, 0, 512},
+		{0, cmdWrite, 1, 0, maxRequest + 1},
 		{payloadLen, cmdWrite, 1, 0, maxRequest + 1},
 		{payloadLen, cmdRead, 1, 0, math.MaxUint64},
 	} {

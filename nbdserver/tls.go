@@ -139,16 +139,34 @@ func (t *TLS) load() ([]stamp, *tls.Config, error) {
 		DynamicRecordSizingDisabled: true,
 	}
 	if t.verify {
-		c.ClientCAs = x509.NewCertPool()
-		if !c.ClientCAs.AppendCertsFromPEM(content[caFile]) {
+		roots := x509.NewCertPool()
+		if !roots.AppendCertsFromPEM(content[caFile]) {
 			return stamps, nil, fmt.Errorf("TLS folder %s: %s holds no certificate", t.dir, caFile)
 		}
-		c.ClientAuth = tls.VerifyClientCertIfGiven
+		// Not ClientCAs: GnuTLS (QEMU, libvirt, libnbd) takes the names of authorities together
+		// with the signature algorithms that crypto/tls lists, and then keeps an RSA
+		// certificate to itself over TLS 1.3.
+		c.ClientAuth = tls.RequestClientCert
+		c.VerifyConnection = func(s tls.ConnectionState) error { return verifyClient(roots, s.PeerCertificates) }
 	}
 	if t.options.ClientCertificates {
-		c.ClientAuth = tls.RequireAndVerifyClientCert
+		c.ClientAuth = tls.RequireAnyClientCert // which VerifyConnection looks at
 	}
 	return stamps, c, nil
+}
+
+// verifyClient checks the certificates that a client showed, its own first; none
+// are no error.
+func verifyClient(roots *x509.CertPool, shown []*x509.Certificate) error {
+	if len(shown) == 0 {
+		return nil
+	}
+	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	for _, c := range shown[1:] {
+		o.Intermediates.AddCert(c)
+	}
+	_, err := shown[0].Verify(o)
+	return err
 }
 
 // current returns the configuration for one connection, from the files as they

@@ -3,9 +3,11 @@ package nbdserver_test
 import (
 	"bufio"
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -31,13 +33,20 @@ import (
 // authority signs certificates for tests.
 type authority struct {
 	testing.TB
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	newKey func() (crypto.Signer, error)
+	cert   *x509.Certificate
+	key    crypto.Signer
 }
 
 func newAuthority(tb testing.TB) *authority {
 	tb.Helper()
-	a := &authority{TB: tb}
+	return newAuthorityOf(tb, func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) })
+}
+
+// newAuthorityOf has the kind of keys that newKey makes.
+func newAuthorityOf(tb testing.TB, newKey func() (crypto.Signer, error)) *authority {
+	tb.Helper()
+	a := &authority{TB: tb, newKey: newKey}
 	a.cert, a.key = a.sign(&x509.Certificate{
 		Subject: pkix.Name{CommonName: "authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	})
@@ -45,9 +54,9 @@ func newAuthority(tb testing.TB) *authority {
 }
 
 // sign completes a template and signs it, with its own key for the authority's.
-func (a *authority) sign(template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
+func (a *authority) sign(template *x509.Certificate) (*x509.Certificate, crypto.Signer) {
 	a.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := a.newKey()
 	if err != nil {
 		a.Fatal(err)
 	}
@@ -483,10 +492,23 @@ func TestTLSReload(t *testing.T) {
 	running.enterGo("disk")
 }
 
-// TestTLSClients: what other programs do with the same folder layout.
+// TestTLSClients has foreign clients prove who they are, also with the RSA
+// certificates that certtool makes.
 func TestTLSClients(t *testing.T) {
 	t.Parallel()
-	a := newAuthority(t)
+	for name, newKey := range map[string]func() (crypto.Signer, error){
+		"ECDSA": func() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) },
+		"RSA":   func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tlsClients(t, newAuthorityOf(t, newKey))
+		})
+	}
+}
+
+func tlsClients(t *testing.T, a *authority) {
+	t.Helper()
 	serverDir, _ := a.folder("server", "server")
 	clientDir, _ := a.folder("client", "alice")
 	otherDir, _ := a.folder("client", "mallory")
