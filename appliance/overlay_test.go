@@ -143,9 +143,10 @@ func TestWritableExport(t *testing.T) {
 		t.Errorf("got %+v, %v, want the saved configuration too", p, err)
 	}
 	elsewhere, err := a.CommitExport(t.Context(), o.Name, "web-repaired", nil)
-	if err != nil || elsewhere.VM != "web-repaired" || elsewhere.Disks[0].New != 0 {
+	if err != nil || elsewhere.VM != "web-repaired" || elsewhere.Disks[0].New != 0 || elsewhere.Disks[0].Read > 3*chunk || elsewhere.Disks[1].Read != 0 {
 		t.Errorf("commit to another VM: got %+v, %v", elsewhere, err)
 	}
+	holds(elsewhere.Point, "vda", want)
 
 	if err := a.RemoveExport(o.Name); err != nil {
 		t.Fatal(err)

@@ -64,14 +64,34 @@ func (s *Session) Base(vm, disk string) (Map, PointID) {
 	if newest == nil {
 		return Map{}, ""
 	}
-	for _, d := range newest.Disks {
+	m, ok := s.pinLocked(*newest, disk)
+	if !ok {
+		return Map{}, ""
+	}
+	return m, newest.ID
+}
+
+// BaseAt is Base for a disk of a point of any VM; false if there is none.
+func (s *Session) BaseAt(id PointID, disk string) (Map, bool) {
+	s.r.mu.Lock()
+	defer s.r.mu.Unlock()
+	p, ok := s.r.points[id]
+	if !ok {
+		return Map{}, false
+	}
+	return s.pinLocked(p, disk)
+}
+
+// pinLocked keeps the map of a disk until the session ends.
+func (s *Session) pinLocked(p Point, disk string) (Map, bool) {
+	for _, d := range p.Disks {
 		if d.Name == disk {
 			s.r.pins[d.Map]++
 			s.bases = append(s.bases, d.Map)
-			return d.Map, newest.ID
+			return d.Map, true
 		}
 	}
-	return Map{}, ""
+	return Map{}, false
 }
 
 // Stored tells what storing a chunk took.

@@ -30,7 +30,7 @@ type diskRun struct {
 	report  *reporter
 	buffers sync.Pool // of *[]byte, a stripe long
 
-	// base is the disk in the VM's last point, the zero Map if there is none.
+	// base is the disk in the VM's last point, or in Source.Since, the zero Map if there is none.
 	// Leaves that are as they were there are taken over; unless the disk has
 	// another size now: then base is only compared with.
 	base    blockstore.Map
@@ -50,16 +50,19 @@ func newDiskRun(repo *blockstore.Repository, s *blockstore.Session, vm string, s
 		result: DiskResult{Name: src.Name, Mode: Full, Size: src.Disk.Size()},
 	}
 	d.buffers.New = func() any { b := make([]byte, d.stripe); return &b }
+	if src.Changed != nil {
+		base, ok := s.BaseAt(src.Since, src.Name)
+		if ok && base.Size == d.size && !repo.AnyDamaged() {
+			d.result.Mode, d.base, d.data = Incremental, base, base.Data
+			return d
+		}
+	}
 	var point blockstore.PointID
 	if d.base, point = s.Base(vm, src.Name); point == "" {
 		return d
 	}
-	d.resized = d.base.Size != d.size
 	d.result.Mode = Scan
-	if src.Changed != nil && src.Since == point && !d.resized && !repo.AnyDamaged() {
-		d.result.Mode = Incremental
-	}
-	if !d.resized {
+	if d.resized = d.base.Size != d.size; !d.resized {
 		d.data = d.base.Data
 	}
 	return d

@@ -48,9 +48,9 @@ const (
 type Source struct {
 	Name string
 	Disk image.Disk
-	// Changed vouches that outside these extents the disk is as it was in the
-	// point Since. Nil means that nobody knows; an empty slice that nothing changed.
-	// It is used only if Since is still the VM's newest point.
+	// Changed vouches that outside these extents the disk is as the disk of that
+	// name was in the point Since, of any VM. Nil means that nobody knows; an empty slice
+	// that nothing changed. It is not used if Since is gone.
 	Changed []image.Extent
 	Since   blockstore.PointID
 }
@@ -70,7 +70,7 @@ type DiskResult struct {
 	Mode    Mode   `json:"mode"`
 	Size    int64  `json:"size_bytes"`
 	Read    int64  `json:"read_bytes"`    // fetched from the source
-	Changed int64  `json:"changed_bytes"` // differ from the last point, in whole chunks
+	Changed int64  `json:"changed_bytes"` // differ from the last point, or from Since, in whole chunks
 	New     int64  `json:"new_bytes"`     // were not in the repository yet
 	Stored  int64  `json:"stored_bytes"`  // what those and the map take in the repository
 }

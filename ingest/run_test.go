@@ -63,11 +63,16 @@ func TestModes(t *testing.T) {
 	check(t, r, incremental.Point, "a", disk)
 	check(t, r, full.Point, "a", first)
 
-	stale := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: same.Point.ID})
-	if d := stale.Disks[0]; d.Mode != ingest.Scan {
-		t.Errorf("changes since a point that is not the last: got mode %s, want a scan", d.Mode)
+	older := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: changed, Since: same.Point.ID})
+	if d := older.Disks[0]; d.Mode != ingest.Incremental || d.Read > 16<<10 || d.New != 0 || d.Changed != 80<<10 {
+		t.Errorf("changes since a point that is not the last: got %+v", d)
 	}
-	nothing := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: stale.Point.ID})
+	check(t, r, older.Point, "a", disk)
+	gone := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: blockstore.NewPointID()})
+	if d := gone.Disks[0]; d.Mode != ingest.Scan || d.Changed != 0 {
+		t.Errorf("changes since a point that is gone: got %+v, want a scan", d)
+	}
+	nothing := backup(t, r, ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{}, Since: gone.Point.ID})
 	if d := nothing.Disks[0]; d.Read != 0 || d.Stored != 0 {
 		t.Errorf("incremental without changes: got %+v", d)
 	}

@@ -149,8 +149,8 @@ func (p *program) exportCommitCommand() *cobra.Command {
 		Long: `Make a restore point of a writable export, as its clients left the disk. The other
 disks of the export's point are part of it too. End the export first.
 
-It takes what was written, no more. What was written stays with the export
-until "export remove" discards it.`,
+It reads and stores what was written, no more. What was written stays with the
+export until "export remove" discards it.`,
 		Example: `  holdfast export commit try
   holdfast export commit try --vm web-repaired --json`,
 		Args:              arguments("NAME"),
