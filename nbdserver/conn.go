@@ -45,7 +45,8 @@ type conn struct {
 
 	// Owned by the reader.
 	in         *bufio.Reader
-	held       bool // replies may wait for a flush
+	socket     *socket // what in reads from; nil if that is the connection itself
+	held       bool    // replies may wait for a flush
 	streams    streams
 	quietSince time.Time // while the connection drains
 	sentBefore int64     // replies sent, when that was last looked at
@@ -70,6 +71,10 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 			c.lane.Release(lane)
 		}
 		c.queue.give(cost)
+	}
+	eager := func() bool { return c.quick.Load() >= quickRun && c.queue.idle() }
+	if c.socket = newSocket(nc, in, s.waiters, eager); c.socket != nil {
+		c.in = bufio.NewReaderSize(c.socket, readerSize)
 	}
 	c.streams.disk, _ = chosen.export.Disk.(Prefetcher)
 	c.streams.size = chosen.export.size
@@ -127,6 +132,7 @@ func (c *conn) end(err error, aborted <-chan struct{}) error {
 	go func() {
 		c.readers.Wait()
 		c.queue.started.Wait()
+		c.socket.close()
 		c.queue.watch.Stop()
 		c.queue.close()
 		c.export.users.Done()

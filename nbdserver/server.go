@@ -23,7 +23,9 @@
 //	one writer     a role, not a goroutine: a worker that finds nobody
 //	               writing writes, and goes on until nothing waits
 //
-// So a request to a quick disk wakes no other goroutine, a slow disk is used in
+// So a request to a quick disk wakes no other goroutine, and the reader of such a
+// connection waits for the next one in the system call and not in Go's poller, for 5 ms
+// at most and on GOMAXPROCS - 1 connections at the same time. A slow disk is used in
 // parallel, and under load many replies leave with one system call. Replies
 // overtake each other, and small requests and replies overtake large ones. A
 // sequence of reads is told to a disk that is a [Prefetcher], as is NBD_CMD_CACHE.
@@ -93,6 +95,7 @@ import (
 	"maps"
 	"math/bits"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -252,6 +255,7 @@ type Server struct {
 	memory  *pool               // of payloads and replies, in bytes
 	lane    *semaphore.Weighted // memory of replies that cannot be cut, in bytes
 	slots   *pool               // for operations of disks
+	waiters *semaphore.Weighted // connections whose system calls wait
 
 	mu      sync.Mutex // guards exports
 	exports map[string]*export
@@ -266,6 +270,7 @@ func New(o Options) *Server {
 		memory:  newPool(o.Memory),
 		lane:    semaphore.NewWeighted(laneBytes),
 		slots:   newPool(sharedSlots),
+		waiters: semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0)) - 1),
 		exports: map[string]*export{},
 	}
 }
