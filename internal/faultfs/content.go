@@ -231,7 +231,7 @@ func (f *FS) PowerLoss(loss Loss) *FS {
 			c.apply(names)
 		}
 	}
-	after := &FS{names: map[string]*node{}, synced: map[string]*node{}, size: f.size}
+	after := &FS{names: map[string]*node{}, synced: map[string]*node{}, size: f.size, losses: f.losses + 1}
 	copies := map[*node]*node{} // a file may be found under two names
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		n := names[name]

@@ -1,7 +1,7 @@
 // Package faultfs is a file system in memory that fails and forgets: the
 // double of [durable.OS] in tests of what must survive a crash.
 //
-// [FS.Fail] makes one operation fail, or all from there. [FS.PowerLoss] returns
+// [FS.Fail] makes one operation fail, or all from there, or kills the process. [FS.PowerLoss] returns
 // the file system as it would be found after a loss of power. [FS.Trace] tells
 // what was done, so that a test can walk over every operation. [FS.SetSize] makes
 // the file system small.
@@ -42,6 +42,7 @@
 package faultfs
 
 import (
+	"encoding/binary"
 	"fmt"
 	"io/fs"
 	"os"
@@ -131,6 +132,9 @@ type Fault struct {
 	Err     error // nil is syscall.EIO
 	Forever bool  // and so do all later ones of these kinds
 	Effect  Effect
+	// Kill means that the process is killed in that operation, and not that the disk
+	// fails: later ones have no effect either, and a Sync drops no dirty bytes.
+	Kill bool
 }
 
 // FS is a file system in memory. It implements [durable.FS].
@@ -142,6 +146,7 @@ type FS struct {
 	pending []change
 	size    int64 // bytes that fit; 0 is no limit
 	used    int64
+	losses  uint64 // of power, before
 	fault   Fault
 	left    int // operations until the fault; 0 is past it or none
 	hit     bool
@@ -242,6 +247,12 @@ func (f *FS) Hit() bool {
 	return f.hit
 }
 
+// Boot returns the id of the machine's boot. It is another after each PowerLoss.
+func (f *FS) Boot() (id [16]byte, err error) {
+	binary.LittleEndian.PutUint64(id[:], f.losses)
+	return id, nil
+}
+
 // Trace returns all operations of some kinds so far, in order.
 func (f *FS) Trace(kinds Kind) []Op {
 	f.mu.Lock()
@@ -270,6 +281,8 @@ func (f *FS) stepLocked(op Op) (Effect, error) {
 		if f.hit {
 			return f.fault.Effect, &os.PathError{Op: op.Kind.String(), Path: op.Name, Err: f.fault.Err}
 		}
+	} else if f.hit && f.fault.Kill {
+		return Nothing, &os.PathError{Op: op.Kind.String(), Path: op.Name, Err: f.fault.Err}
 	} else if f.hit && f.fault.Forever {
 		return f.fault.Effect, &os.PathError{Op: op.Kind.String(), Path: op.Name, Err: f.fault.Err}
 	}

@@ -389,6 +389,46 @@ func TestFail(t *testing.T) {
 	}
 }
 
+// TestKill ends a process in a Sync: nothing of it or after it is done, and what was
+// written before can be read, but for a loss of power.
+func TestKill(t *testing.T) {
+	t.Parallel()
+	f := faultfs.New("/d")
+	file := create(t, f, "/d/a")
+	write(t, file, fill('a', 2), 0)
+	f.Fail(faultfs.Fault{Kinds: faultfs.Sync, N: 1, Kill: true, Effect: faultfs.Whole})
+	if err := file.Sync(); err == nil || !f.Hit() {
+		t.Errorf("sync: got %v, want an error", err)
+	}
+	if err := file.Sync(); err == nil {
+		t.Error("sync again: got nil, want an error")
+	}
+	f.Fail(faultfs.Fault{N: 1, Kill: true, Effect: faultfs.Half})
+	if n, err := file.WriteAt(fill('b', 2), 0); n != sector || err == nil {
+		t.Errorf("write: got %d, %v, want half and an error", n, err)
+	}
+	if n, err := file.WriteAt(fill('c', 2), 0); n != 0 || err == nil {
+		t.Errorf("write after the end: got %d, %v, want 0 and an error", n, err)
+	}
+	f.Fail(faultfs.Fault{})
+	ok(t, file.DropCache())
+	want := append(fill('b', 1), fill('a', 1)...)
+	if got := read(t, f, "/d/a"); !bytes.Equal(got, want) {
+		t.Errorf("got %q…, want %q…", got[:1], want[:1])
+	}
+	ok(t, file.Sync()) // which now covers all
+	ok(t, f.SyncDir("/d"))
+	after := f.PowerLoss(faultfs.LoseAll)
+	if got := read(t, after, "/d/a"); !bytes.Equal(got, want) {
+		t.Error("a sync after a kill left bytes out")
+	}
+	before, err := f.Boot()
+	ok(t, err)
+	if boot, err := after.Boot(); err != nil || boot == before {
+		t.Errorf("boot after a loss of power: got %v, %v, want another", boot, err)
+	}
+}
+
 func TestSpace(t *testing.T) {
 	t.Parallel()
 	fsys := faultfs.New("/d")

@@ -123,7 +123,9 @@ func (h *file) Sync() error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
 	if _, err := h.step(Sync, 0, 0); err != nil {
-		h.node.dropDirty()
+		if !h.fs.fault.Kill {
+			h.node.dropDirty()
+		}
 		return err
 	}
 	h.node.sync()
