@@ -2,9 +2,11 @@ package overlay_test
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -177,6 +179,9 @@ type crashRun struct {
 	o     overlay.Options
 	// created and stopped tell that Create returned nil, and that a Sync failed.
 	created, stopped bool
+	fsys             *faultfs.FS
+	kill             bool  // nothing is done after the fault
+	untrimmed        error // why a Trim may have left all as it was
 }
 
 const crashPath = "/d/o"
@@ -190,7 +195,7 @@ func (r *crashRun) run(t *testing.T) {
 	}
 	r.created = true
 	for i, s := range steps {
-		if r.stopped {
+		if r.stopped || r.fsys.Hit() && r.kill {
 			break
 		}
 		b := byte(i + 1)
@@ -203,7 +208,7 @@ func (r *crashRun) run(t *testing.T) {
 			r.model.change(s.off, s.len, 0, err)
 		case "trim":
 			err = ov.Trim(s.off, s.len)
-			r.model.change(s.off, s.len, 0, err)
+			r.model.change(s.off, s.len, 0, cmp.Or(err, r.untrimmed))
 		case "sync":
 			if err = ov.Sync(); err == nil {
 				r.model.synced()
@@ -222,7 +227,7 @@ func (r *crashRun) run(t *testing.T) {
 			r.model.check(t, ov, false)
 		}
 	}
-	if r.stopped {
+	if r.stopped && !r.kill {
 		r.checkFailed(t, ov)
 	}
 }
@@ -242,7 +247,8 @@ func (r *crashRun) checkFailed(t *testing.T, ov *overlay.Overlay) {
 // more.
 func (r *crashRun) recover(t *testing.T, wrap func(*faultfs.FS) durable.FS, after *faultfs.FS, model *model) {
 	t.Helper()
-	o := overlay.Options{FS: wrap(after)}
+	o := options(after)
+	o.FS = wrap(after)
 	ov, err := overlay.Open(crashPath, r.disk, o)
 	if err != nil && !r.created {
 		ov, err = overlay.Create(crashPath, r.disk, o) // what there is does not stop it
@@ -263,7 +269,7 @@ func (r *crashRun) recover(t *testing.T, wrap func(*faultfs.FS) durable.FS, afte
 	model.check(t, ov, false)
 	ok(t, ov.Sync())
 	model.synced()
-	ov = open(t, crashPath, r.disk, overlay.Options{FS: wrap(after.PowerLoss(faultfs.LoseAll))})
+	ov = open(t, crashPath, r.disk, options(after.PowerLoss(faultfs.LoseAll)))
 	model.check(t, ov, true)
 	ok(t, ov.Close())
 }
@@ -315,7 +321,11 @@ func crashAt(t *testing.T, fault faultfs.Fault, n int, wrap func(*faultfs.FS) du
 	t.Helper()
 	fsys := faultfs.New("/d")
 	disk := pattern(crashSize)
-	r := &crashRun{model: newModel(t, disk), disk: disk, o: overlay.Options{FS: wrap(fsys), Meta: []byte("meta")}}
+	r := &crashRun{model: newModel(t, disk), disk: disk, o: options(fsys), fsys: fsys}
+	r.o.FS, r.o.Meta = wrap(fsys), []byte("meta")
+	if errors.Is(fault.Err, syscall.ENOSPC) {
+		r.untrimmed = fault.Err
+	}
 	fault.N = n
 	fsys.Fail(fault)
 	defer func() {
@@ -330,7 +340,7 @@ func crashAt(t *testing.T, fault faultfs.Fault, n int, wrap func(*faultfs.FS) du
 	for _, loss := range []faultfs.Loss{faultfs.LoseAll, faultfs.LoseNothing, faultfs.Loss(2*n + 1), faultfs.Loss(2*n + 2)} {
 		r.recover(t, wrap, fsys.PowerLoss(loss), r.model.clone())
 	}
-	r.recover(t, wrap, fsys, r.model.clone()) // the process was killed, or gave up
+	r.recover(t, wrap, fsys, r.model.clone()) // the process gave up
 	return hit
 }
 
@@ -347,7 +357,7 @@ func TestOpenSyncs(t *testing.T) {
 	ov = open(t, "/d/o", disk, o) // without Close
 	want := read(t, ov, 0, block)
 	ok(t, ov.Sync())
-	wantBytes(t, open(t, "/d/o", disk, overlay.Options{FS: fsys.PowerLoss(faultfs.LoseAll)}), 0, want)
+	wantBytes(t, open(t, "/d/o", disk, options(fsys.PowerLoss(faultfs.LoseAll))), 0, want)
 }
 
 // TestKept takes the power after what has no Sync of its caller's.
@@ -356,7 +366,7 @@ func TestKept(t *testing.T) {
 	fsys, o := inMemory()
 	disk := pattern(mib)
 	stat := func() (overlay.Info, error) {
-		return overlay.Stat("/d/o", overlay.Options{FS: fsys.PowerLoss(faultfs.LoseAll)})
+		return overlay.Stat("/d/o", options(fsys.PowerLoss(faultfs.LoseAll)))
 	}
 	ov := create(t, "/d/o", disk, overlay.Options{FS: fsys, Meta: []byte("meta"), Limit: 5})
 	if info, err := stat(); err != nil || string(info.Meta) != "meta" || info.Limit != 5 || info.Size != mib {
@@ -389,20 +399,24 @@ func TestSyncOperations(t *testing.T) {
 		want   string
 	}{
 		{"nothing", func() {}, "[]"},
-		{"first data", func() { write(t, ov, bytesOf(1, block), 0) }, "[write sync write sync write sync]"},
+		{"first data", func() { write(t, ov, bytesOf(1, block), 0) }, "[write create.log write.log mark sync write sync write sync truncate.log]"},
 		{"overwritten", func() { write(t, ov, bytesOf(2, 10), 0) }, "[write sync]"},
-		{"more data", func() { write(t, ov, bytesOf(2, block), block) }, "[write sync write sync]"},
+		{"more data", func() { write(t, ov, bytesOf(2, block), block) }, "[write write.log mark sync write sync truncate.log]"},
 		{"synced", func() {}, "[]"},
-		{"trim", func() { ok(t, ov.Trim(0, block)) }, "[punch sync write sync]"},
+		{"trim", func() { ok(t, ov.Trim(0, block)) }, "[write.log punch mark sync write sync truncate.log]"},
 		{"trimmed again", func() { ok(t, ov.Trim(0, block)) }, "[]"},
-		{"all", func() { ok(t, ov.Zero(0, mib)) }, "[punch sync write sync]"},
+		{"all", func() { ok(t, ov.Zero(0, mib)) }, "[write.log punch mark sync write sync truncate.log]"},
 	} {
 		before := len(fsys.Trace(faultfs.Changes))
 		tt.change()
 		ok(t, ov.Sync())
-		var got []faultfs.Kind
+		var got []string
 		for _, op := range fsys.Trace(faultfs.Changes)[before:] {
-			got = append(got, op.Kind)
+			name := op.Kind.String() + strings.TrimPrefix(op.Name, "/d/o")
+			if name == "write.log" && op.Len == 1 {
+				name = "mark"
+			}
+			got = append(got, name)
 		}
 		if fmt.Sprint(got) != tt.want {
 			t.Errorf("%s: got %v, want %s", tt.name, got, tt.want)

@@ -1,12 +1,65 @@
 package overlay
 
-import "io"
+import (
+	"fmt"
+	"io"
+)
 
 // WithRandom makes ids of what r has.
 func WithRandom(o Options, r io.Reader) Options {
 	o.random = r
 	return o
 }
+
+// WithBoot asks f for the id of the machine's boot.
+func WithBoot(o Options, f func() ([16]byte, error)) Options {
+	o.boot = f
+	return o
+}
+
+// WithLogLimit bounds the log in bytes.
+func WithLogLimit(o Options, limit int64) Options {
+	o.logLimit = limit
+	return o
+}
+
+// LogRoom is what a log with n records takes.
+func LogRoom(n int64) int64 { return logHeader + n*logRecord }
+
+// DecodeLog decodes a log for a disk of a number of blocks. It returns the runs of states
+// that it gives to blocks, as "first+blocks:state", "" for none that is believed, and its mark.
+func DecodeLog(b []byte, id, boot [16]byte, blocks int64) (runs string, marked bool) {
+	logged, marked := decodeLog(b, id, boot, newLayout(blocks*blockSize))
+	if logged == nil {
+		return "", false
+	}
+	for at := int64(0); at < blocks; {
+		s, n, err := logged.run(at, blocks)
+		if err != nil {
+			panic(err)
+		}
+		if s != base {
+			runs += fmt.Sprintf("%d+%d:%d ", at, n, s)
+		}
+		at += n
+	}
+	return runs, marked
+}
+
+// EncodeLog encodes a log with a record for each first block, number and state.
+func EncodeLog(id, boot [16]byte, records ...[3]int64) []byte {
+	b := make([]byte, logHeader)
+	encodeLogHeader(b, id, boot)
+	for _, r := range records {
+		var record [logRecord]byte
+		encodeLogRecord(record[:], r[0], r[0]+r[1], state(r[2]))
+		b = append(b, record[:]...)
+	}
+	return b
+}
+
+// ReadBoot returns the id of this machine's boot.
+func ReadBoot() ([16]byte, error) { return readBoot() }
 
 // DecodeHeader decodes the header and the meta, and returns how they are encoded
 // again.

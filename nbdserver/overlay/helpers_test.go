@@ -100,7 +100,12 @@ func open(t testing.TB, path string, base image.Disk, o overlay.Options) *overla
 // inMemory returns options with a file system in memory that has the folder /d.
 func inMemory() (*faultfs.FS, overlay.Options) {
 	fsys := faultfs.New("/d")
-	return fsys, overlay.Options{FS: fsys}
+	return fsys, options(fsys)
+}
+
+// options are those of overlays in a file system in memory.
+func options(fsys *faultfs.FS) overlay.Options {
+	return overlay.WithBoot(overlay.Options{FS: fsys}, fsys.Boot)
 }
 
 func write(t testing.TB, w image.Writer, p []byte, off int64) {

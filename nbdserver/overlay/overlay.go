@@ -36,7 +36,9 @@ type Options struct {
 	// Stat.
 	Meta []byte
 
-	random io.Reader // of the id; nil is crypto/rand
+	random   io.Reader                // of the id; nil is crypto/rand
+	boot     func() ([16]byte, error) // the id of this boot of the machine; nil is readBoot
+	logLimit int64                    // of the log in bytes; 0 is what the reserve allows
 }
 
 func (o Options) withDefaults(path string) (Options, error) {
@@ -45,6 +47,9 @@ func (o Options) withDefaults(path string) (Options, error) {
 	}
 	if o.random == nil {
 		o.random = rand.Reader
+	}
+	if o.boot == nil {
+		o.boot = readBoot
 	}
 	if o.Limit < NoLimit || o.Reserve < 0 || len(o.Meta) > MaxMeta {
 		return o, fmt.Errorf("overlay %s: limit %d, reserve %d or meta of %d bytes out of range", path, o.Limit, o.Reserve, len(o.Meta))
@@ -55,6 +60,9 @@ func (o Options) withDefaults(path string) (Options, error) {
 			return o, fmt.Errorf("overlay %s: %w", path, err)
 		}
 		o.Reserve = min(total/100, 256<<20)
+	}
+	if o.logLimit == 0 {
+		o.logLimit = max(minLog, min(maxLog, o.Reserve/4))
 	}
 	return o, nil
 }
@@ -68,6 +76,7 @@ type Overlay struct {
 	layout layout
 	limit  int64
 
+	log   *changeLog
 	locks rangeLock // on blocks whose state changes
 	room  room
 	used  atomic.Int64 // bytes of data blocks, and of those about to be
@@ -75,7 +84,7 @@ type Overlay struct {
 	mu        sync.RWMutex // not held during I/O
 	blocks    *blockMap    // guarded by mu
 	noHoles   atomic.Bool  // the file system cannot punch holes
-	failed    atomic.Bool  // a Sync has failed
+	failed    atomic.Bool  // a Sync has failed, or the log
 	changes   atomic.Uint64
 	syncing   sync.Mutex    // held by the one that syncs
 	synced    atomic.Uint64 // those of changes that are durable
@@ -181,13 +190,28 @@ func Open(path string, disk image.Disk, o Options) (*Overlay, error) {
 	return ov, nil
 }
 
-func open(f durable.File, path string, disk image.Disk, o Options) (*Overlay, error) {
-	// What a killed process wrote may be in the page cache alone, and the name
-	// too. What it failed to sync may still be there, and never be written.
-	if err := f.Sync(); err != nil {
+func open(f durable.File, path string, disk image.Disk, o Options) (_ *Overlay, err error) {
+	h, err := readHeader(f)
+	if err != nil {
 		return nil, err
 	}
-	if err := f.DropCache(); err != nil {
+	if h.size != disk.Size() {
+		return nil, fmt.Errorf("an overlay of %d bytes over a disk of %d", h.size, disk.Size())
+	}
+	boot, bootErr := o.boot()
+	log := &changeLog{fs: o.FS, path: path + logSuffix, limit: o.logLimit, id: h.id, boot: boot, off: bootErr != nil}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, log.close())
+		}
+	}()
+	logged, marked, err := log.recover(newLayout(h.size))
+	if err != nil {
+		return nil, err
+	}
+	// What a killed process wrote may be in the page cache alone, and the name
+	// too. What it failed to sync may still be there, and never be written.
+	if err := settle(f, log, logged, marked); err != nil {
 		return nil, err
 	}
 	if err := o.FS.SyncDir(filepath.Dir(path)); err != nil {
@@ -196,9 +220,6 @@ func open(f durable.File, path string, disk image.Disk, o Options) (*Overlay, er
 	h, m, err := load(f)
 	if err != nil {
 		return nil, err
-	}
-	if h.size != disk.Size() {
-		return nil, fmt.Errorf("an overlay of %d bytes over a disk of %d", h.size, disk.Size())
 	}
 	if limit := max(0, cmp.Or(o.Limit, h.limit)); limit != h.limit {
 		h.limit = limit
@@ -210,35 +231,53 @@ func open(f durable.File, path string, disk image.Disk, o Options) (*Overlay, er
 		}
 	}
 	ov := &Overlay{
-		file: f, path: path, base: disk, header: h, layout: m.layout, limit: h.limit, blocks: m,
+		file: f, path: path, base: disk, header: h, layout: m.layout, limit: h.limit, blocks: m, log: log,
 		room: room{fs: o.FS, dir: filepath.Dir(path), reserve: o.Reserve},
+	}
+	if logged != nil {
+		if err := m.replay(logged); err != nil {
+			return nil, err
+		}
+		ov.changes.Add(1)
+		if err := ov.Sync(); err != nil { // all that can be read from here on is durable
+			return nil, err
+		}
 	}
 	ov.used.Store(m.count() * blockSize)
 	return ov, nil
 }
 
-// load reads the header and the map. A sector of the map that cannot be used is
-// none of its errors.
-func load(f durable.File) (*header, *blockMap, error) {
-	b := make([]byte, dirStart)
+// readHeader reads the header and the meta.
+func readHeader(f durable.File) (*header, error) {
 	size, err := f.Size()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	b := make([]byte, dirStart)
 	if err := readFull(f, b[:min(size, dirStart)], 0); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	h, err := decodeHeader(b)
 	if err != nil {
+		return nil, err
+	}
+	if l := newLayout(h.size); size < l.end() {
+		return nil, fmt.Errorf("%w: the file has %d bytes, not %d", image.ErrCorrupt, size, l.end())
+	}
+	return h, nil
+}
+
+// load reads the header and the map. A sector of the map that cannot be used is
+// none of its errors.
+func load(f durable.File) (*header, *blockMap, error) {
+	h, err := readHeader(f)
+	if err != nil {
 		return nil, nil, err
 	}
-	l := newLayout(h.size)
-	if size < l.end() {
-		return nil, nil, fmt.Errorf("%w: the file has %d bytes, not %d", image.ErrCorrupt, size, l.end())
-	}
-	m := newBlockMap(l)
-	for k := range l.dirPages {
-		if err := m.load(f, h.id, k, b[:pageSize]); err != nil {
+	m := newBlockMap(newLayout(h.size))
+	b := make([]byte, pageSize)
+	for k := range m.dirPages {
+		if err := m.load(f, h.id, k, b); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -271,7 +310,7 @@ func (m *blockMap) load(f durable.File, id [16]byte, k int64, buf []byte) error 
 	return nil
 }
 
-// Stat tells of an overlay without its base, also while it is open: Used is then
+// Stat tells of an overlay without its base, also while it is open: Used is
 // as of the last Sync.
 func Stat(path string, o Options) (Info, error) {
 	fsys := o.FS
@@ -290,7 +329,7 @@ func Stat(path string, o Options) (Info, error) {
 	return Info{Size: h.size, Limit: h.limit, Used: m.count() * blockSize, Meta: h.meta}, nil
 }
 
-// Remove removes an overlay's file, durably. The overlay must not be open.
+// Remove removes an overlay's files, durably. The overlay must not be open.
 func Remove(path string, o Options) error {
 	fsys := o.FS
 	if fsys == nil {
@@ -299,16 +338,20 @@ func Remove(path string, o Options) error {
 	if err := fsys.Remove(path); err != nil {
 		return fmt.Errorf("remove overlay: %w", err)
 	}
+	// Without the overlay, nobody believes its log.
+	if err := fsys.Remove(path + logSuffix); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove overlay %s: %w", path, err)
+	}
 	if err := fsys.SyncDir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("remove overlay %s: %w", path, err)
 	}
 	return nil
 }
 
-// Close makes all changes durable and closes the file, in any case. An error is
+// Close makes all changes durable and closes the files, in any case. An error is
 // that of Sync. The base stays open.
 func (o *Overlay) Close() error {
-	return errors.Join(o.Sync(), o.file.Close())
+	return errors.Join(o.Sync(), o.file.Close(), o.log.close())
 }
 
 // Size implements [image.Disk].

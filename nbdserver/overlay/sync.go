@@ -21,7 +21,7 @@ func (o *Overlay) Sync() error {
 	}
 	now := o.changes.Load()
 	if err := o.flush(); err != nil {
-		o.failed.Store(true)
+		o.fail()
 		return fmt.Errorf("sync overlay %s: %w: %s", o.path, syscall.EIO, err.Error())
 	}
 	o.synced.Store(now)
@@ -31,6 +31,10 @@ func (o *Overlay) Sync() error {
 // flush makes all changes so far durable. Stopped anywhere, it leaves the file as
 // before or with some of the changes: each step relies on the ones before alone.
 func (o *Overlay) flush() error {
+	logged, err := o.log.begin()
+	if err != nil {
+		return err
+	}
 	o.mu.Lock()
 	pages, dir := o.blocks.takeDirty()
 	o.mu.Unlock()
@@ -43,7 +47,10 @@ func (o *Overlay) flush() error {
 	}
 	// A page that the directory begins to refer to is on disk whole; it may be
 	// long ago that it last had a meaning, with other states.
-	return o.flushPages(dir)
+	if err := o.flushPages(dir); err != nil {
+		return err
+	}
+	return o.log.done(logged) // all that was logged before the map was looked at is durable
 }
 
 // flushPages writes pages of the map or of the directory and makes them durable. Each is
