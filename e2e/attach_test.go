@@ -25,7 +25,7 @@ func TestAttach(t *testing.T) {
 
 	g := boot(t, "attach.sh", fmt.Sprintf("SCRATCH=%s IMAGE=%s", port(t, scratch), port(t, image)),
 		"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=")
-	g.await("scratch")
+	g.await("scratch: .*")
 	g.await(`/mnt: [0-9]+ bytes trimmed`)
 	g.await("image: .*")
 	got := g.await("FILES ([0-9]+) ([0-9a-f]+) .*")
