@@ -1,7 +1,7 @@
 // Package overlay is a writable disk over a read-only one: what is written goes to
 // a local file, what was not written is read from the base.
 //
-// One sparse file is one overlay. It holds the changed blocks at their place and
+// One sparse file is one overlay, with a small log beside it. It holds the changed blocks at their place and
 // a map that says where each block of 4 KiB is read from: from the base, from
 // the file (data), or from nowhere because it is zero. The base is not changed; it
 // must be the same disk each time the overlay is opened, which is the caller's to
@@ -48,23 +48,65 @@
 // not data. States beyond the last block or page are 0. All sectors of the
 // directory are written when the file is made.
 //
+// Beside the file lies the log, PATH.log, which is there from the first change on and
+// empty after each Close. Its header:
+//
+//	 0  8  magic "HOLDLOG\n"
+//	 8  4  version, 1
+//	12  4  zero
+//	16 16  id of the overlay
+//	32 16  id of the boot of the machine (/proc/sys/kernel/random/boot_id)
+//	48  4  CRC-32C of bytes 0–47
+//	52 11  zero
+//	63  1  mark: not 0 while a Sync runs
+//
+// Records follow, up to a length of 16 MiB, or of a quarter of the reserve where that is
+// less:
+//
+//	 0  4  CRC-32C of bytes 4–23
+//	 4  4  state that blocks were given: 1 data, 2 zero
+//	 8  8  first block
+//	16  8  number of blocks, from 1
+//
+// The last record that names a block is right. The first one whose checksum or values
+// are not ends the log.
+//
 // # Durability
+//
+// What was answered is there after a kill of the process; what Sync covered is there
+// after a loss of power, too. Both matter to a guest whose client connects again when the
+// server does: it does not repeat writes that were answered, and its next flush
+// succeeds.
 //
 // Create writes a temporary file (path.tmp, [durable.RemoveTemporary]), syncs it,
 // renames it and syncs the folder. The file has its full length from then on.
 //
-// Sync takes a copy of the map pages that changed and does, in this order:
+// A change of the map is, in this order:
 //
-//  1. sync the data: what the map will call data is on disk,
-//  2. write and sync the map pages: sectors of them may be found old or new,
-//  3. write and sync the directory pages that changed: a page that they begin to
-//     refer to is on disk.
+//  1. data are written,
+//  2. the change is logged and made in memory, under one lock,
+//  3. the room of blocks that became zero is given back.
+//
+// The log is written without a sync: it is for the page cache, which outlives the
+// process. Nobody relies on a change that is not logged. A change that cannot be logged
+// is not made; if the log is full, or finds no room, a Sync empties it first.
+//
+// Sync does, in this order:
+//
+//  1. note where the log ends, and set its mark,
+//  2. take a copy of the map pages that changed: all that was logged is in it,
+//  3. sync the data: what the map will call data is on disk,
+//  4. write and sync the map pages: sectors of them may be found old or new,
+//  5. write and sync the directory pages that changed: a page that they begin to
+//     refer to is on disk,
+//  6. empty the log; if it has grown meanwhile, clear the mark and leave it.
 //
 // Steps without changes are left out; without any Sync costs nothing. Syncs that
 // wait for one another share the next.
 //
-// After a kill or a loss of power each write that Sync did not cover is there or
-// not, in pieces of 512 bytes, and nothing else has changed:
+// After a loss of power each write that Sync did not cover is there or not, in pieces
+// of 512 bytes, as is after a kill one that was not answered; nothing else has
+// changed:
 //
 //   - A block that becomes data is written whole, with the rest of it from the
 //     base or zero, before the map says so in memory or on disk. What the file held
@@ -78,13 +120,31 @@
 //     writes whole. States of blocks do not depend on each other, so any mixture of
 //     old and new sectors is right.
 //
-// Open syncs the file and its folder and drops the file from the page cache before
-// it reads, so that what a killed process or a failed Sync left there is not seen,
-// relied on, and then lost.
+// Open believes a log of this overlay and this boot. If it has the mark, a Sync may have
+// failed without anyone having heard of it, and the data be in the page cache alone: Open
+// writes what the log calls data again, as it is read. Then it syncs the file and
+// its folder, drops the file from the page cache, reads the map, makes the logged
+// changes in it, and syncs that. What an opened overlay shows is durable. If the first
+// of these syncs fails, Open does, and the log is emptied: the next Open finds the
+// overlay as after a loss of power. A log of another boot is ignored: what it calls data
+// may not have reached the disk. Where the kernel does not tell its boot, nothing
+// is logged and a kill is as a loss of power.
 //
-// A Sync that fails makes the overlay failed: this and all later writes and Syncs
-// fail with [syscall.EIO]; reads go on. It has to be opened again, and is then as
-// after a loss of power. Bytes of the map that rot are found by their checksum: a
+// What this does not cover:
+//
+//   - If the machine of the server loses power and a guest on another one lives on, writes
+//     that it did not flush are lost and it is not told, as with a disk whose
+//     cache lost its power. Such a guest is to be reset.
+//   - If the file system of a killed process loses what was not synced without a
+//     reboot (its device is gone, it is mounted anew), the log is believed wrongly. It
+//     is to be removed before the overlay is opened. So it is when an older copy of
+//     the file takes its place.
+//   - A move of the file without its log, after a kill, is as a loss of power.
+//
+// A Sync that fails, and a log that cannot be written but for lack of room, make the
+// overlay failed: this and all later writes and Syncs fail with [syscall.EIO];
+// reads go on. The log is emptied. It has to be opened again, and is then as after
+// a loss of power. Bytes of the map that rot are found by their checksum: a
 // sector of the map makes its 7.75 MiB fail with [image.ErrCorrupt], one of the
 // directory 1984 pages, the header the whole. They do not fall back to an older
 // copy, which would be wrong bytes. Rot of the data is not found.
@@ -93,9 +153,11 @@
 //
 // The methods of an Overlay may be called from many goroutines at once, but for
 // Close, which must be the last. No lock is held during I/O but one on the range of
-// blocks that a call is about to change the state of. A call waits only for those
-// that came before it to overlapping ranges; a write into blocks that are data
-// already waits for none. Order of locks: the syncing one, a range, the room, the map.
+// blocks that a call is about to change the state of, and the log's while a record is
+// written. Else a call waits only for those that came before it to overlapping ranges, or
+// for the Sync that empties a full log; a write into blocks that are data already
+// waits for none. Order of locks: a range, the room, the syncing one, the log, the
+// map.
 //
 // # Limits
 //

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
 	"github.com/holdfast-backup/holdfast/internal/faultfs"
@@ -130,62 +131,111 @@ func TestModelKilled(t *testing.T) {
 	}
 }
 
-// TestSyncRaces has changes come between any steps of a Sync, and the process end after it.
-func TestSyncRaces(t *testing.T) {
-	t.Parallel()
-	disk := pattern(4 * page)
-	for range 40 {
-		_, o := inMemory()
-		ov := create(t, "/d/o", disk, o)
-		for b := range int64(4) { // pages to copy
-			write(t, ov, bytesOf(9, block), b*page)
-		}
-		var wg sync.WaitGroup
-		for i := range int64(4) {
-			wg.Go(func() {
-				for n := range int64(60) {
-					if _, err := ov.WriteAt(bytesOf(byte(n+1), block), i*page+(n+1)*block); err != nil {
-						t.Error(err)
-					}
-				}
-			})
-		}
-		for range 8 {
-			ok(t, ov.Sync())
-		}
-		wg.Wait()
-		ov = open(t, "/d/o", disk, o)
-		for i := range int64(4) {
-			for n := range int64(60) {
-				wantBytes(t, ov, i*page+(n+1)*block, bytesOf(byte(n+1), block))
-			}
-		}
-		ok(t, ov.Close())
-	}
-}
-
-// atSync calls f in each Sync of a file.
-type atSync struct {
+// hooked is a file system that calls before each Sync of a file and each write to one
+// that it creates, which is a log's.
+type hooked struct {
 	durable.FS
-	f func()
+	sync, log func()
 }
 
-type atSyncFile struct {
+type hookedFile struct {
 	durable.File
-	f func()
+	sync, write func()
 }
 
-func (a atSync) OpenWrite(name string) (durable.File, error) {
-	f, err := a.FS.OpenWrite(name)
+func (h hooked) OpenWrite(name string) (durable.File, error) {
+	f, err := h.FS.OpenWrite(name)
 	if err != nil {
 		return nil, err
 	}
-	return atSyncFile{f, a.f}, nil
+	return hookedFile{f, h.sync, func() {}}, nil
 }
 
-func (a atSyncFile) Sync() error {
-	a.f()
-	return a.File.Sync()
+func (h hooked) Create(name string) (durable.File, error) {
+	f, err := h.FS.Create(name)
+	if err != nil {
+		return nil, err
+	}
+	return hookedFile{f, func() {}, h.log}, nil
+}
+
+func (f hookedFile) Sync() error {
+	f.sync()
+	return f.File.Sync()
+}
+
+func (f hookedFile) WriteAt(p []byte, off int64) (int, error) {
+	f.write()
+	return f.File.WriteAt(p, off)
+}
+
+// TestSyncedInChange has a Sync begin while a change is logged: it covers the change,
+// or leaves it in the log.
+func TestSyncedInChange(t *testing.T) {
+	t.Parallel()
+	fsys, o := inMemory()
+	disk := pattern(mib)
+	var ov *overlay.Overlay
+	var once sync.Once
+	synced := make(chan error, 1)
+	o.FS = hooked{fsys, func() {}, func() {
+		if ov != nil {
+			once.Do(func() {
+				go func() { synced <- ov.Sync() }()
+				time.Sleep(50 * time.Millisecond) // it waits for the log now, or has gone too far
+			})
+		}
+	}}
+	opened := create(t, "/d/o", disk, o)
+	write(t, opened, bytesOf(1, block), 0)
+	ov = opened
+	write(t, ov, bytesOf(2, block), block)
+	ok(t, <-synced)
+	wantBytes(t, open(t, "/d/o", disk, options(fsys)), 0, append(bytesOf(1, block), bytesOf(2, block)...))
+}
+
+// TestWriteInChange has two write to one block, and a kill before the change of the
+// first is logged: the second is not answered, or is there.
+func TestWriteInChange(t *testing.T) {
+	t.Parallel()
+	fsys, o := inMemory()
+	disk := pattern(mib)
+	var ov *overlay.Overlay
+	second := make(chan error, 1)
+	var once sync.Once
+	answered := false
+	o.FS = hooked{fsys, func() {}, func() {
+		if ov != nil {
+			once.Do(func() {
+				go func() {
+					_, err := ov.WriteAt(bytesOf(2, sector), 4*sector)
+					second <- err
+				}()
+				select {
+				case err := <-second:
+					answered = err == nil
+					second <- err
+				case <-time.After(50 * time.Millisecond):
+				}
+				fsys.Fail(faultfs.Fault{N: 1, Kill: true})
+			})
+		}
+	}}
+	opened := create(t, "/d/o", disk, o)
+	write(t, opened, bytesOf(1, block), 5*block)
+	ov = opened
+	if _, err := ov.WriteAt(bytesOf(1, sector), 0); err == nil || !fsys.Hit() {
+		t.Fatalf("got %v from a write without its log", err)
+	}
+	if err := <-second; !answered && err == nil {
+		t.Error("a write was answered after the kill")
+	}
+	fsys.Fail(faultfs.Fault{})
+	want := read(t, disk, 4*sector, sector)
+	if answered {
+		want = bytesOf(2, sector)
+	}
+	wantBytes(t, open(t, "/d/o", disk, options(fsys)), 4*sector, want)
 }
 
 // TestChangedInSync changes blocks while a Sync is under way, the same ones and others.
@@ -202,12 +252,12 @@ func TestChangedInSync(t *testing.T) {
 		path := fmt.Sprint("/d/o", n)
 		var ov *overlay.Overlay
 		todo := changes[:n]
-		o.FS = atSync{fsys, func() {
+		o.FS = hooked{fsys, func() {
 			if ov != nil && len(todo) > 0 {
 				ok(t, todo[0](ov))
 				todo = todo[1:]
 			}
-		}}
+		}, func() {}}
 		opened := create(t, path, disk, o)
 		write(t, opened, bytesOf(1, 2*block), 0)
 		ov = opened
