@@ -3,16 +3,26 @@ package blockstore
 import (
 	"container/list"
 	"fmt"
+	"os"
 	"runtime"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 const (
-	// slabSize is how much memory the cache takes from the system at a time, bytes: a
-	// huge page or several, so that few page faults are paid for it.
-	slabSize = 4 << 20
+	// hugePage is the size of a huge page, bytes. The system clears one in an eighth of the time that
+	// the small pages take for which it stands.
+	hugePage = 2 << 20
+	// slabSize is how much memory the cache takes from the system at a time, bytes: several huge
+	// pages, for an old kernel begins a mapping anywhere, and what lies before the first of
+	// them and behind the last is small pages.
+	slabSize = 4 * hugePage
+	// dearPage is the processor time from which on a fresh huge page is dear: a third of what
+	// decoding as much takes. A fifth of it is usual. A virtual machine whose host
+	// takes back what is free pays four times as much, and a system without huge pages as much.
+	dearPage = time.Millisecond
 	// hitGap is the part of the cache, one in so many chunks, that must have been
 	// loaded between a chunk's own loading and a hit for that hit to count.
 	// Those of a reader that goes through the disk in small steps come at once.
@@ -20,9 +30,9 @@ const (
 	// newcomers is the part of a full cache, one in so many chunks, that chunks without
 	// a hit that counts may take from the others.
 	newcomers = 4
-	// passing is the part of the cache, one in so many chunks, for those that were read whole:
-	// a copy, say, which will not come back. The memory of the rest is not taken from the
-	// system for them: getting it cleared costs a fifth of what decoding does.
+	// passing is the part of a full cache, one in so many chunks, that chunks read whole
+	// may take from the others: they are a copy's, say, which will not come back. Where memory is
+	// dear, it is also the part that chunks read for the first time get, of either kind.
 	passing = 16
 )
 
@@ -31,8 +41,9 @@ const (
 //
 // Chunks come into the queue recent, those that are read whole into passed. One that was hit
 // again after a while moves on into frequent when its turn to go has come, any other
-// goes. So one pass over a large disk, such as a copy, displaces little of what is read again and
-// again.
+// goes; its id is remembered, and if it is wanted again it comes into frequent at once.
+// So one pass over a large disk, such as a copy, displaces little of what is read again and
+// again, and what fits is there for a second copy, or for a third if memory is dear.
 //
 // Their memory is taken from the system and not from Go's heap, which the collector would let
 // grow to twice the cache, and is used again for other chunks. It goes back
@@ -41,15 +52,20 @@ type chunkCache struct {
 	chunkSize int
 	limit     int // chunks
 
-	load func(id ID, dst []byte) error // may use dst's whole capacity
+	load  func(id ID, dst []byte) error   // may use dst's whole capacity
+	price func(page []byte) time.Duration // touch, or a test's
 
 	mu       sync.Mutex
 	items    map[ID]*cachedChunk
-	passed   *list.List // of *cachedChunk, oldest first
-	recent   *list.List // of *cachedChunk, oldest first
-	frequent *list.List // of *cachedChunk, the next to be looked at first
+	passed   *list.List      // of *cachedChunk, oldest first
+	recent   *list.List      // of *cachedChunk, oldest first
+	frequent *list.List      // of *cachedChunk, the next to be looked at first
+	gone     map[ID]struct{} // that left recent and passed last
+	goneRing []ID            // the same in their order, up to limit
+	goneNext int             // in goneRing: the oldest
 	free     [][]byte
 	made     int    // buffers made, free or not; up to limit
+	dear     bool   // fresh memory is dear
 	loads    uint64 // so far
 }
 
@@ -74,6 +90,7 @@ func newChunkCache(chunkSize int, limit int64, load func(id ID, dst []byte) erro
 	return &chunkCache{
 		chunkSize: chunkSize, load: load, limit: max(int(limit/int64(chunkSize+decodeSlack)), 1),
 		items: map[ID]*cachedChunk{}, passed: list.New(), recent: list.New(), frequent: list.New(),
+		gone: map[ID]struct{}{}, price: touch,
 	}
 }
 
@@ -99,6 +116,9 @@ func (c *chunkCache) acquire(id ID, whole bool) (*cachedChunk, error) {
 	s := &cachedChunk{id: id, ready: make(chan struct{}), users: 1, born: c.loads, queue: c.recent}
 	if whole {
 		s.queue = c.passed
+	}
+	if _, again := c.gone[id]; again {
+		s.queue = c.frequent
 	}
 	s.data = c.bufferLocked(s.queue)
 	if s.heap = s.data == nil; s.heap {
@@ -170,9 +190,11 @@ func (c *chunkCache) reuseLocked(s *cachedChunk) {
 // bufferLocked returns memory for a chunk that comes into a queue, with decodeSlack bytes of
 // capacity more; nil if all of it is in use this moment.
 func (c *chunkCache) bufferLocked(queue *list.List) []byte {
-	enough := queue == c.passed && c.passed.Len() >= max(c.limit/passing, 1)
-	if len(c.free) == 0 && (enough || c.made == c.limit || !c.growLocked()) {
-		c.evictLocked()
+	switch {
+	case c.dear && queue != c.frequent && queue.Len() > c.limit/passing:
+		c.evictLocked(queue) // also if there is some that was not used yet
+	case len(c.free) == 0 && (c.made == c.limit || !c.growLocked()):
+		c.evictLocked(nil)
 	}
 	if len(c.free) == 0 && c.made < c.limit {
 		c.growLocked()
@@ -189,17 +211,41 @@ func (c *chunkCache) bufferLocked(queue *list.List) []byte {
 func (c *chunkCache) growLocked() bool {
 	stride := c.chunkSize + decodeSlack
 	n := min(max(slabSize/stride, 1), c.limit-c.made)
-	slab, err := unix.Mmap(-1, 0, n*stride, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	length := n * stride
+	if length > hugePage {
+		length = (length + hugePage - 1) &^ (hugePage - 1) // Linux from 6.7 on aligns such alone
+	}
+	slab, err := unix.Mmap(-1, 0, length, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		return false
 	}
 	_ = unix.Madvise(slab, unix.MADV_HUGEPAGE) // a kernel without them does without
 	runtime.AddCleanup(c, unmap, slab)
+	if middle := slab[length/2:]; len(middle) >= hugePage {
+		c.dear = c.price(middle[:hugePage]) > dearPage
+	}
 	for i := range n {
 		c.free = append(c.free, slab[i*stride:i*stride+c.chunkSize:(i+1)*stride])
 	}
 	c.made += n
 	return true
+}
+
+// touch writes to fresh memory and returns the processor time that it took.
+func touch(memory []byte) time.Duration {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var from, to unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &from) != nil {
+		return 0
+	}
+	for i := 0; i < len(memory); i += os.Getpagesize() {
+		memory[i] = 0
+	}
+	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &to) != nil {
+		return 0
+	}
+	return time.Duration(to.Nano() - from.Nano())
 }
 
 func unmap(slab []byte) {
@@ -208,18 +254,17 @@ func unmap(slab []byte) {
 	}
 }
 
-// evictLocked frees one chunk's memory, unless users have all of it.
-func (c *chunkCache) evictLocked() {
+// evictLocked frees one chunk's memory, unless users have all of it. If from is not nil the chunk
+// is one of that queue.
+func (c *chunkCache) evictLocked(from *list.List) {
 	// Each turn takes a chunk out, takes its hit away, or passes over one in use.
 	for range 2 * len(c.items) {
-		queue := c.frequent
-		switch {
-		case c.passed.Len() > 0 && c.passed.Len() >= c.limit/passing:
-			queue = c.passed
-		case c.recent.Len() > c.limit/newcomers || c.frequent.Len() == 0 && c.recent.Len() > 0:
-			queue = c.recent
-		case c.frequent.Len() == 0:
-			queue = c.passed
+		queue := from
+		if queue == nil {
+			queue = c.nextLocked()
+		}
+		if queue.Len() == 0 {
+			return
 		}
 		s := queue.Front().Value.(*cachedChunk)
 		switch {
@@ -230,9 +275,37 @@ func (c *chunkCache) evictLocked() {
 			queue.Remove(s.place)
 			s.queue, s.place = c.frequent, c.frequent.PushBack(s)
 		default:
+			if queue != c.frequent {
+				c.rememberLocked(s.id)
+			}
 			c.removeLocked(s)
 			c.reuseLocked(s)
 			return
 		}
 	}
+}
+
+// nextLocked returns the queue whose turn it is to lose a chunk.
+func (c *chunkCache) nextLocked() *list.List {
+	switch {
+	case c.passed.Len() > 0 && c.passed.Len() >= c.limit/passing:
+		return c.passed
+	case c.recent.Len() > c.limit/newcomers || c.frequent.Len() == 0 && c.recent.Len() > 0:
+		return c.recent
+	case c.frequent.Len() == 0:
+		return c.passed
+	}
+	return c.frequent
+}
+
+// rememberLocked notes that a chunk left, in place of the one that did so longest ago.
+func (c *chunkCache) rememberLocked(id ID) {
+	if len(c.goneRing) < c.limit {
+		c.goneRing = append(c.goneRing, id)
+	} else {
+		delete(c.gone, c.goneRing[c.goneNext])
+		c.goneRing[c.goneNext] = id
+		c.goneNext = (c.goneNext + 1) % c.limit
+	}
+	c.gone[id] = struct{}{}
 }

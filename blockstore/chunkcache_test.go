@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/image"
 )
@@ -121,20 +122,55 @@ func TestChunkCacheFailedLoad(t *testing.T) {
 	}
 }
 
-// A copy of a large disk takes a small part of the memory, unless it is used already.
-func TestChunkCacheCopy(t *testing.T) {
+// A copy of a disk that fits is in the cache for the next one. Where memory is dear, the first
+// takes little of it, the second what it needs, and the third finds all.
+func TestChunkCacheCopies(t *testing.T) {
 	t.Parallel()
-	const size = 2048
+	const size, disk = 2048, 1000
+	const little, kept = size/passing + slabSize/testChunk, size/passing + 1
+	for _, tt := range []struct {
+		name  string
+		price time.Duration
+		loads []int64 // so far, after each copy
+		made  []int   // at most
+	}{
+		{"cheap", dearPage, []int64{disk, disk}, []int{size, size}},
+		{"dear", dearPage + 1, []int64{disk, 2*disk - kept, 2*disk - kept}, []int{little, size, size}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c := newCountingCache(size)
+			c.price = func([]byte) time.Duration { return tt.price }
+			for i, want := range tt.loads {
+				for n := range disk {
+					s, err := c.acquire(ID{1, 0, byte(n), byte(n >> 8)}, true)
+					if err != nil {
+						t.Fatal(err)
+					}
+					c.release(s)
+				}
+				if got := c.loaded[1].Load(); got != want || c.made > tt.made[i] {
+					t.Errorf("copy %d: got %d loads, memory for %d chunks; want %d, %d or less", i+1, got, c.made, want, tt.made[i])
+				}
+			}
+		})
+	}
+}
+
+// Of chunks that left, as many are remembered as the cache has at most.
+func TestChunkCacheRemembers(t *testing.T) {
+	t.Parallel()
+	const size = 32
 	c := newCountingCache(size)
-	for n := range 8 * size {
-		s, err := c.acquire(ID{1, 0, byte(n), byte(n >> 8)}, true)
+	for n := range 100 * size {
+		s, err := c.acquire(ID{1, 0, byte(n % 3000), byte(n % 3000 >> 8)}, n%3 == 0)
 		if err != nil {
 			t.Fatal(err)
 		}
 		c.release(s)
 	}
-	if want := size/passing + slabSize/testChunk; c.made > want {
-		t.Errorf("got memory for %d chunks, want %d or less", c.made, want)
+	if len(c.gone) != size || len(c.goneRing) != size {
+		t.Errorf("got %d ids, %d in order; want %d, %d", len(c.gone), len(c.goneRing), size, size)
 	}
 }
 
