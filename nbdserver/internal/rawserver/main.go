@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -17,7 +18,10 @@ import (
 	"github.com/holdfast-backup/holdfast/nbdserver"
 )
 
-func main() {
+func main() { os.Exit(run()) } //nolint:forbidigo // the one place that decides the exit status
+
+// run does what the command line asks and returns the exit status.
+func run() int {
 	delay := flag.Duration("delay", 0, "how long each read takes longer")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: rawserver [-delay DURATION] SOCKET FILE")
@@ -26,18 +30,19 @@ func main() {
 	flag.Parse()
 	if flag.NArg() != 2 {
 		flag.Usage()
-		os.Exit(2)
+		return 2
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := serve(ctx, flag.Arg(0), flag.Arg(1), *delay); err != nil {
 		fmt.Fprintln(os.Stderr, "rawserver:", err)
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 // serve answers clients of a unix socket until ctx is done.
-func serve(ctx context.Context, socket, file string, delay time.Duration) error {
+func serve(ctx context.Context, socket, file string, delay time.Duration) (err error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
@@ -46,7 +51,7 @@ func serve(ctx context.Context, socket, file string, delay time.Duration) error 
 	if err != nil {
 		return err
 	}
-	defer im.Close()
+	defer func() { err = errors.Join(err, im.Close()) }()
 	var disk image.Disk = im
 	if delay > 0 {
 		disk = slowDisk{im, delay}
@@ -70,6 +75,6 @@ type slowDisk struct {
 
 // ReadAt implements [image.Disk].
 func (d slowDisk) ReadAt(p []byte, off int64) (int, error) {
-	time.Sleep(d.delay)
+	<-time.After(d.delay)
 	return d.Disk.ReadAt(p, off)
 }
