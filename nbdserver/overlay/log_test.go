@@ -392,26 +392,48 @@ func TestLogFails(t *testing.T) {
 	}
 }
 
-// TestLogRot replays a log onto a map of which a sector is bad: it stays so.
+// TestLogRot replays a log onto a map of which a sector is bad, or one of the directory:
+// it stays so, and what it refers to is not written.
 func TestLogRot(t *testing.T) {
 	t.Parallel()
-	fsys, o := inMemory()
 	disk := pattern(page)
-	_, pages, _ := overlay.Places(page)
-	ov := create(t, "/d/o", disk, o)
-	write(t, ov, bytesOf(1, block), 0)
-	ok(t, ov.Sync())
-	write(t, ov, bytesOf(2, 3*block), 1983*block) // the last of a sector, and the next
-	f, err := fsys.OpenWrite("/d/o")
-	ok(t, err)
-	_, err = f.WriteAt([]byte{0xff}, pages+20)
-	ok(t, err)
-	ov = open(t, "/d/o", disk, o)
-	wantBytes(t, ov, 1984*block, bytesOf(2, 2*block))
-	if _, err := ov.ReadAt(make([]byte, 1), 1983*block); err == nil {
-		t.Error("a bad sector of the map became good")
+	dir, pages, data := overlay.Places(page)
+	for _, tt := range []struct {
+		name string
+		off  int64
+		good bool // the next sector of the map
+	}{
+		{"map", pages + 20, true},
+		{"directory", dir + 20, false},
+	} {
+		fsys, o := inMemory()
+		ov := create(t, "/d/o", disk, o)
+		write(t, ov, bytesOf(1, block), 0)
+		ok(t, ov.Sync())
+		write(t, ov, bytesOf(2, 3*block), 1983*block) // the last of a sector, and the next
+		f, err := fsys.OpenWrite("/d/o")
+		ok(t, err)
+		_, err = f.WriteAt([]byte{0xff}, tt.off)
+		ok(t, err)
+		before := make([]byte, data-pages)
+		_, err = f.ReadAt(before, pages)
+		ok(t, err)
+		ov = open(t, "/d/o", disk, o)
+		if tt.good {
+			wantBytes(t, ov, 1984*block, bytesOf(2, 2*block))
+		} else {
+			after := make([]byte, len(before))
+			_, err = f.ReadAt(after, pages)
+			ok(t, err)
+			if !bytes.Equal(after, before) {
+				t.Errorf("%s: the map was written", tt.name)
+			}
+		}
+		if _, err := ov.ReadAt(make([]byte, 1), 1983*block); err == nil {
+			t.Errorf("%s: a bad sector became good", tt.name)
+		}
+		ok(t, ov.Close())
 	}
-	ok(t, ov.Close())
 }
 
 // TestGoldenLog makes the same log as ever.
