@@ -106,6 +106,9 @@ func (a *Appliance) ingest(ctx context.Context, request ingest.Request, progress
 		}
 	}
 	result, err := ingest.Run(ctx, a.repo, request, tell)
+	if err != nil && ctx.Err() != nil {
+		err = errors.Join(context.Cause(ctx), err) // sources say it in their own words
+	}
 	if err != nil {
 		return BackupResult{}, err
 	}
@@ -143,8 +146,20 @@ func (b ImageBackup) openOne(ctx context.Context, path string, log *slog.Logger)
 	if err != nil {
 		return nil, err
 	}
-	context.AfterFunc(ctx, func() { c.Close() }) // ends reads that wait for a silent server
-	return c, nil
+	// The end of ctx ends reads that wait for a silent server.
+	return &export{c, context.AfterFunc(ctx, func() { c.Close() })}, nil
+}
+
+// export is an NBD export that is being backed up.
+type export struct {
+	*nbdclient.Client
+	release func() bool // no longer closed when the context ends
+}
+
+// Close ends the connections.
+func (e *export) Close() error {
+	e.release()
+	return e.Client.Close()
 }
 
 // isNBD reports whether the name of a file is the URI of an NBD export.

@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/appliance"
 )
@@ -195,5 +197,32 @@ func TestBackupFromNBD(t *testing.T) {
 		if err == nil || appliance.KindOf(err) != tt.want {
 			t.Errorf("%s: got %v, want kind %d", tt.name, err, tt.want)
 		}
+	}
+}
+
+// TestBackupFromNBDInterrupted ends a backup whose server has stopped to answer.
+func TestBackupFromNBDInterrupted(t *testing.T) {
+	t.Parallel()
+	a := open(t, newData(t))
+	socket := filepath.Join(shortFolder(t), "nbd")
+	server := exec.Command("nbdkit", "--foreground", "--unix", socket, "--filter=delay", "pattern", "1M", "rdelay=3600")
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Process.Kill(); server.Wait() })
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(socket); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nbdkit does not listen")
+		}
+	}
+	interrupted := errors.New("interrupted")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(200*time.Millisecond, func() { cancel(interrupted) })
+	_, err := a.BackupImages(ctx, appliance.ImageBackup{VM: "web", Files: []string{"nbd+unix:///?socket=" + socket}}, nil)
+	if !errors.Is(err, interrupted) {
+		t.Errorf("got %v, want the cause of the interruption", err)
 	}
 }

@@ -30,6 +30,7 @@ var kinds = []struct {
 }{
 	{errInvalid, Invalid},
 	{errRefused, Refused},
+	{nbdserver.ErrInvalid, Invalid},
 
 	// Damage first: it may wrap the absence of a file that nobody named.
 	{blockstore.ErrDamaged, Failed},

@@ -13,18 +13,20 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unicode/utf8"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/blockstore"
 	"github.com/holdfast-backup/holdfast/nbdserver"
+	"github.com/holdfast-backup/holdfast/nbdserver/overlay"
 )
 
 // DefaultListen is the address of an export that is given none: NBD's port, for
 // this machine only.
 const DefaultListen = "127.0.0.1:10809"
+
+// NoLimit lifts the limit of a writable export.
+const NoLimit = overlay.NoLimit
 
 const (
 	maxExportName = 4096 // bytes, NBD's limit
@@ -47,8 +49,8 @@ type ExportOptions struct {
 	// Writable lets clients write. What they write is kept beside the point, which
 	// stays as it is.
 	Writable bool
-	// Limit bounds what clients write to a writable export, in bytes on disk; 0 is no
-	// limit.
+	// Limit bounds what clients write to a writable export, in bytes on disk. 0 is what
+	// it was when the export was made or last changed, at first no limit; NoLimit takes it away.
 	Limit int64
 	// TLS encrypts the connections.
 	TLS TLSOptions
@@ -109,6 +111,11 @@ func (o TLSOptions) check() error {
 		return invalid("TLS needs a folder with certificates; name it with --tls-certificates")
 	case o.mode() == "off" && (o.Folder != "" || o.Anonymous):
 		return invalid("TLS is off, but certificates are named or clients without one admitted; want --tls on or require")
+	case o.mode() == "off":
+		return nil
+	}
+	if _, err := os.Stat(o.Folder); err != nil {
+		return fmt.Errorf("TLS certificates: %w", err)
 	}
 	return nil
 }
@@ -127,6 +134,7 @@ type Export struct {
 // calls ready once clients can connect; an error of ready ends it. What clients write to a
 // writable export is kept under its name: the next Export of that name goes on with it.
 func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Export) error) (err error) {
+	defer o.closePassed()
 	if err := o.check(); err != nil {
 		return err
 	}
@@ -135,6 +143,9 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 		return err
 	}
 	o.Name = cmp.Or(o.Name, fmt.Sprintf("%s/%.8s/%s", p.VM, p.ID, d.Name))
+	if p, d, err = a.goOn(ctx, o, p, d); err != nil {
+		return err
+	}
 	encryption, err := o.TLS.load(a.log)
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Name, err)
@@ -143,11 +154,7 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Name, err)
 	}
-	defer func() {
-		for _, l := range listeners {
-			l.Close()
-		}
-	}()
+	defer closeAll(listeners)
 	export, closeDisk, err := a.exported(o, p, d)
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Name, err)
@@ -171,27 +178,57 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 	return nil
 }
 
+// closePassed closes the sockets that the caller gave.
+func (o ExportOptions) closePassed() {
+	closeAll(o.Listeners)
+	if o.Client != nil {
+		o.Client.Close()
+	}
+}
+
+func closeAll(listeners []net.Listener) {
+	for _, l := range listeners {
+		l.Close()
+	}
+}
+
 // serve serves the listeners until ctx ends, or else the one client until it leaves. An error of ready, or of
 // a listener, ends it.
 func serve(ctx context.Context, server *nbdserver.Server, listeners []net.Listener, client net.Conn, ready func() error) error {
-	g, ctx := errgroup.WithContext(ctx)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	work := []func() error{ready}
 	for _, l := range listeners {
-		g.Go(func() error { return server.Serve(ctx, l) })
+		work = append(work, func() error { return server.Serve(ctx, l) })
 	}
 	if client != nil {
-		g.Go(func() error { return server.ServeConn(ctx, client) })
+		work = append(work, func() error { return server.ServeConn(ctx, client) })
 	}
-	g.Go(ready)
-	return g.Wait()
+	ended := make(chan error)
+	for _, f := range work {
+		go func() { ended <- f() }()
+	}
+	var err error // every one: nbdserver.ErrBusy must not be lost among others
+	for range work {
+		if e := <-ended; e != nil {
+			err = errors.Join(err, e)
+			stop()
+		}
+	}
+	return err
 }
 
 // check holds the options to what can be done.
 func (o ExportOptions) check() error {
 	switch {
-	case len(o.Name) > maxExportName || !utf8.ValidString(o.Name):
-		return invalid("export name %q: want at most %d bytes of UTF-8", o.Name, maxExportName)
-	case o.Limit < 0 || o.Limit > 0 && !o.Writable:
+	case len(o.Name) > maxExportName || !printable(o.Name):
+		return invalid("export name %q: want at most %d bytes of UTF-8 without control characters", o.Name, maxExportName)
+	case o.Limit < NoLimit || o.Limit != 0 && !o.Writable:
 		return invalid("a limit of %d bytes: it is for what clients may write to a writable export", o.Limit)
+	case o.MaxClients < 0 || o.IdleTimeout < 0:
+		return invalid("at most %d clients, idle for %v: want numbers that are not negative", o.MaxClients, o.IdleTimeout)
+	case len(o.Listeners) > 0 && (o.Listen != "" || o.Unix != ""):
+		return invalid("whoever started this process passed it sockets, and an address is named; choose one")
 	case len(o.Allow) > 0 && o.TLS.mode() == "off":
 		return invalid("who may use the export is told by certificates; want --tls-certificates")
 	}
@@ -264,15 +301,22 @@ func rotational(folder string) bool {
 // listen returns the sockets that the options ask for; none if there is one client
 // to serve.
 func listen(ctx context.Context, o ExportOptions) ([]net.Listener, error) {
+	var passed []net.Addr
 	if o.Client != nil {
-		return nil, nil
+		passed = append(passed, o.Client.LocalAddr(), o.Client.RemoteAddr())
 	}
 	for _, l := range o.Listeners {
-		if t, ok := l.Addr().(*net.TCPAddr); ok {
+		passed = append(passed, l.Addr())
+	}
+	for _, addr := range passed {
+		if t, ok := addr.(*net.TCPAddr); ok {
 			if err := o.mayServe(t.IP, t.String()); err != nil {
 				return nil, err
 			}
 		}
+	}
+	if o.Client != nil {
+		return nil, nil
 	}
 	if len(o.Listeners) > 0 {
 		return o.Listeners, nil

@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-backup/holdfast/blockstore"
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/ingest"
+	"github.com/holdfast-backup/holdfast/internal/durable"
 	"github.com/holdfast-backup/holdfast/nbdserver/overlay"
 )
 
@@ -24,7 +25,9 @@ const (
 	// file each.
 	overlayFolder = "overlays"
 	overlaySuffix = ".overlay"
-	maxFileName   = 255 // bytes, what file systems take
+	// maxOverlayName is the longest name of an overlay's file, in bytes: package overlay has
+	// files beside it with an extension of 4 bytes more, and file systems take 255.
+	maxOverlayName = 255 - 4
 )
 
 // overlayMeta is what an overlay's file tells of the export.
@@ -48,9 +51,9 @@ type WritableExport struct {
 // overlayPath returns the file of a writable export.
 func (a *Appliance) overlayPath(export string) (string, error) {
 	file := url.PathEscape(export) + overlaySuffix
-	if export == "" || len(file) > maxFileName {
-		return "", invalid("export name %q: a writable export needs a name of 1 to about %d bytes; choose one with --name",
-			export, maxFileName-len(overlaySuffix))
+	if export == "" || len(file) > maxOverlayName {
+		return "", invalid("export name %q: that of a writable export has 1 to %d bytes, characters other than letters and digits counting thrice; "+
+			"choose one with --name", export, maxOverlayName-len(overlaySuffix))
 	}
 	return filepath.Join(a.dir, overlayFolder, file), nil
 }
@@ -70,6 +73,64 @@ func (a *Appliance) hold(export string) (release func(), err error) {
 	}, nil
 }
 
+// kept returns what is known of a writable export; os.ErrNotExist if there is none.
+func (a *Appliance) kept(name string) (overlayMeta, overlay.Info, error) {
+	path, err := a.overlayPath(name)
+	if err != nil {
+		return overlayMeta{}, overlay.Info{}, err
+	}
+	info, err := overlay.Stat(path, overlay.Options{})
+	if err != nil {
+		return overlayMeta{}, info, err
+	}
+	meta, err := decodeMeta(path, info.Meta)
+	return meta, info, err
+}
+
+// goOn returns the disk that an export is of: that of the point, or, if clients wrote to a
+// writable export of the name before, the one that lies below what they wrote. The two
+// may differ only where the point was named by its time: VM@latest moves on.
+func (a *Appliance) goOn(ctx context.Context, o ExportOptions, p blockstore.Point, d blockstore.PointDisk) (
+	blockstore.Point, blockstore.PointDisk, error,
+) {
+	meta, _, err := a.kept(o.Name)
+	switch {
+	case !o.Writable && (errors.Is(err, errInvalid) || errors.Is(err, os.ErrNotExist)):
+		return p, d, nil
+	case errors.Is(err, os.ErrNotExist):
+		a.warnOfOther(ctx, p, d)
+		return p, d, nil
+	case err != nil:
+		return p, d, fmt.Errorf("export %s: %w", o.Name, err)
+	case !o.Writable:
+		return p, d, refused("export %s is a writable one: say --writable to go on with what was written to it, or give this one another name", o.Name)
+	case meta.Point == p.ID && meta.Disk == d.Name:
+		return p, d, nil
+	}
+	below, err := a.repo.Point(meta.Point)
+	if err == nil && below.VM == p.VM && meta.Disk == d.Name && strings.Contains(o.Point, "@") {
+		d, err = below.Disk(meta.Disk)
+		return below, d, err
+	}
+	return p, d, refused("export %s holds what was written to disk %s of point %s; go on with it by export add %.12s --disk %s --writable --name %s, "+
+		"or give this one another name", o.Name, meta.Disk, meta.Point, meta.Point, meta.Disk, o.Name)
+}
+
+// warnOfOther tells of a writable export of the same disk of another point: it may
+// be the one that is meant.
+func (a *Appliance) warnOfOther(ctx context.Context, p blockstore.Point, d blockstore.PointDisk) {
+	exports, err := a.WritableExports()
+	if err != nil {
+		return // which the export itself will meet
+	}
+	for _, w := range exports {
+		if w.VM == p.VM && w.Disk == d.Name && w.Written > 0 {
+			a.log.WarnContext(ctx, "this is a new writable export; another one of the disk has been written to, --name goes on with it",
+				slog.String("name", w.Name), slog.Int64("written_bytes", w.Written))
+		}
+	}
+}
+
 // openOverlay opens what clients wrote to an export of a disk so far, over base,
 // which is that disk; the first time it makes an empty one.
 func (a *Appliance) openOverlay(meta overlayMeta, base image.Disk, limit int64) (*overlay.Overlay, error) {
@@ -77,26 +138,17 @@ func (a *Appliance) openOverlay(meta overlayMeta, base image.Disk, limit int64) 
 	if err != nil {
 		return nil, err
 	}
-	info, err := overlay.Stat(path, overlay.Options{})
-	if errors.Is(err, os.ErrNotExist) {
-		return a.createOverlay(path, meta, base, limit)
-	}
-	if err != nil {
-		return nil, err
-	}
-	kept, err := decodeMeta(path, info.Meta)
-	if err != nil {
-		return nil, err
-	}
-	if kept != meta {
-		return nil, refused("%s holds what was written to disk %s of point %.8s; give this export another name, or remove that one",
-			meta.Name, kept.Disk, kept.Point)
+	if _, _, err := a.kept(meta.Name); errors.Is(err, os.ErrNotExist) {
+		return a.createOverlay(path, meta, base, max(limit, 0))
 	}
 	return overlay.Open(path, base, overlay.Options{Limit: limit})
 }
 
 func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk, limit int64) (*overlay.Overlay, error) {
-	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := durable.OS().Mkdir(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	if err := durable.OS().SyncDir(a.dir); err != nil {
 		return nil, err
 	}
 	encoded, err := json.Marshal(meta)
@@ -122,14 +174,26 @@ func decodeMeta(path string, encoded []byte) (overlayMeta, error) {
 // WritableExports lists what is kept of writable exports, by name. What can't be
 // read is logged and left out.
 func (a *Appliance) WritableExports() ([]WritableExport, error) {
-	found := []WritableExport{}
-	folder := filepath.Join(a.dir, overlayFolder)
-	files, err := os.ReadDir(folder)
-	if errors.Is(err, os.ErrNotExist) {
-		return found, nil
+	found, unreadable, err := a.writableExports()
+	for _, err := range unreadable {
+		a.log.Error("a writable export cannot be read", slog.Any("error", err))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list writable exports: %w", err)
+	}
+	return found, nil
+}
+
+// writableExports is WritableExports that returns why some can't be read.
+func (a *Appliance) writableExports() (found []WritableExport, unreadable []error, err error) {
+	found = []WritableExport{}
+	folder := filepath.Join(a.dir, overlayFolder)
+	files, err := os.ReadDir(folder)
+	if errors.Is(err, os.ErrNotExist) {
+		return found, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
 	}
 	for _, f := range files {
 		if !strings.HasSuffix(f.Name(), overlaySuffix) {
@@ -142,7 +206,7 @@ func (a *Appliance) WritableExports() ([]WritableExport, error) {
 			meta, err = decodeMeta(path, info.Meta)
 		}
 		if err != nil {
-			a.log.Error("a writable export cannot be read", slog.String("file", path), slog.Any("error", err))
+			unreadable = append(unreadable, err)
 			continue
 		}
 		w := WritableExport{
@@ -155,7 +219,7 @@ func (a *Appliance) WritableExports() ([]WritableExport, error) {
 		found = append(found, w)
 	}
 	slices.SortFunc(found, func(a, b WritableExport) int { return strings.Compare(a.Name, b.Name) })
-	return found, nil
+	return found, unreadable, nil
 }
 
 // RemoveExport discards what clients wrote to a writable export.
@@ -192,16 +256,12 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 		return BackupResult{}, err
 	}
 	defer release()
-	info, err := overlay.Stat(path, overlay.Options{})
+	meta, _, err := a.kept(name)
 	if errors.Is(err, os.ErrNotExist) {
 		return BackupResult{}, notFound("export %s: nothing is kept of such a writable export; see export list", name)
 	}
 	if err != nil {
 		return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
-	}
-	meta, err := decodeMeta(path, info.Meta)
-	if err != nil {
-		return BackupResult{}, err
 	}
 	point, err := a.repo.Point(meta.Point)
 	if err != nil {
@@ -217,7 +277,7 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 	var opened closers
 	defer func() { err = errors.Join(err, opened.close()) }()
 	for _, d := range point.Disks {
-		disk, err := a.repo.OpenDisk(point.ID, d.Name, blockstore.DiskOptions{Whole: true})
+		disk, err := a.repo.OpenDisk(point.ID, d.Name, blockstore.DiskOptions{})
 		if err != nil {
 			return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
 		}
@@ -242,14 +302,20 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 	return a.ingest(ctx, request, progress)
 }
 
-// needed returns the names of the writable exports that lie over a point.
-func (a *Appliance) needed(id blockstore.PointID) ([]string, error) {
-	exports, err := a.WritableExports()
-	var names []string
+// needed refuses if a writable export lies over a point, or may: what was written
+// to it is worth nothing without the point.
+func (a *Appliance) needed(id blockstore.PointID) error {
+	exports, unreadable, err := a.writableExports()
+	if err != nil {
+		return fmt.Errorf("delete point %s: look for writable exports over it: %w", id, err)
+	}
 	for _, w := range exports {
 		if w.Point == string(id) {
-			names = append(names, w.Name)
+			return refused("point %s: what was written to export %s lies over it; commit and remove that first (export commit, export remove)", id, w.Name)
 		}
 	}
-	return names, err
+	if len(unreadable) > 0 {
+		return refused("point %s: a writable export may lie over it, but one cannot be read: %v; mend or remove that file first", id, unreadable[0])
+	}
+	return nil
 }

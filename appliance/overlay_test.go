@@ -148,6 +148,24 @@ func TestWritableExport(t *testing.T) {
 	}
 	holds(elsewhere.Point, "vda", want)
 
+	// VM@latest is another point by now; the name goes on with its own.
+	again := o
+	again.Point = "web@latest"
+	serving(t, a, again, func(e appliance.Export) {
+		if e.Point != base.Point || !bytes.Equal(read(t, e.URI), want) {
+			t.Errorf("got %+v, want to go on with what was written", e)
+		}
+	})
+	again.Point = committed.Point
+	if err := a.Export(t.Context(), again, func(appliance.Export) error { return nil }); appliance.KindOf(err) != appliance.Refused ||
+		!strings.Contains(err.Error(), "export add "+base.Point[:12]+" --disk vda --writable --name "+o.Name) {
+		t.Errorf("the same name for another point: got %v, want a refusal that tells the command", err)
+	}
+	again.Point, again.Writable, again.Limit = base.Point, false, 0
+	if err := a.Export(t.Context(), again, func(appliance.Export) error { return nil }); appliance.KindOf(err) != appliance.Refused {
+		t.Errorf("the bare point by the name of a writable export: got %v, want a refusal", err)
+	}
+
 	if err := a.RemoveExport(o.Name); err != nil {
 		t.Fatal(err)
 	}
@@ -181,4 +199,33 @@ func TestWritableExportLimit(t *testing.T) {
 		}
 		qemuIO(t, e.URI, "read -P 1 0 32k", "write -P 3 0 32k", "flush", "read -P 3 0 32k")
 	})
+	o.Limit = appliance.NoLimit
+	serving(t, a, o, func(e appliance.Export) {
+		qemuIO(t, e.URI, "write -P 2 512k 256k", "flush", "read -P 2 512k 256k", "read -P 3 0 32k")
+	})
+}
+
+// TestDeleteUnderUnreadable does not delete a point while it is unknown whether
+// somebody's writes lie over it.
+func TestDeleteUnderUnreadable(t *testing.T) {
+	t.Parallel()
+	data := newData(t)
+	a := open(t, data)
+	b := backup(t, a, "web", write(t, "vda.raw", noise(chunk, 1)))
+	o := appliance.ExportOptions{Point: b.Point, Name: "need", Writable: true}
+	serving(t, a, o, func(e appliance.Export) { qemuIO(t, e.URI, "write 0 4k") })
+	file := filepath.Join(data, "overlays", "need.overlay")
+	if err := os.Rename(file, file+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(file, file); err != nil { // a loop, which nobody can open
+		t.Fatal(err)
+	}
+	if _, err := a.DeletePoints(t.Context(), []string{b.Point}); appliance.KindOf(err) != appliance.Refused || !strings.Contains(err.Error(), file) {
+		t.Errorf("got %v, want a refusal that names %s", err, file)
+	}
+	if err := os.Rename(file+".away", file); err != nil {
+		t.Fatal(err)
+	}
+	serving(t, a, o, func(e appliance.Export) { read(t, e.URI) })
 }

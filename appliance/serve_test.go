@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -109,6 +110,9 @@ func TestExportRefuses(t *testing.T) {
 		{"TLS of no kind", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "maybe"}}, appliance.Invalid, "require"},
 		{"TLS without a folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "on"}}, appliance.Invalid, "--tls-certificates"},
 		{"TLS off with a folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Mode: "off", Folder: "x"}}, appliance.Invalid, "off"},
+		{"TLS with a missing folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Folder: "/nonexistent"}}, appliance.NotFound, "/nonexistent"},
+		{"a name that moves the cursor", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Name: "\x1b[31m"}, appliance.Invalid, "control"},
+		{"fewer than no clients", appliance.ExportOptions{Point: "web@latest", Disk: "vda", MaxClients: -1}, appliance.Invalid, "negative"},
 		{"TLS with an empty folder", appliance.ExportOptions{Point: "web@latest", Disk: "vda", TLS: appliance.TLSOptions{Folder: t.TempDir()}}, appliance.Failed, "cert.pem"},
 		{"named clients without TLS", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Allow: []string{"host7"}}, appliance.Invalid, "--tls-certificates"},
 		{"a limit on nothing", appliance.ExportOptions{Point: "web@latest", Disk: "vda", Limit: miB}, appliance.Invalid, "writable"},
@@ -123,6 +127,61 @@ func TestExportRefuses(t *testing.T) {
 		}
 	}
 }
+
+// TestExportPassed serves sockets that are open already, unless strangers would
+// reach the disk, and closes them in any case.
+func TestExportPassed(t *testing.T) {
+	t.Parallel()
+	a := open(t, newData(t))
+	b := backup(t, a, "web", write(t, "vda.raw", noise(chunk, 1)))
+	listen := func(address string) net.Listener {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	for _, tt := range []struct {
+		name    string
+		o       appliance.ExportOptions
+		address string
+		want    appliance.Kind
+		fails   bool
+	}{
+		{"loopback", appliance.ExportOptions{Point: b.Point}, "127.0.0.1:0", 0, false},
+		{"all addresses", appliance.ExportOptions{Point: b.Point}, ":0", appliance.Refused, true},
+		{"all addresses, allowed", appliance.ExportOptions{Point: b.Point, AllowRemote: true}, ":0", 0, false},
+		{"and an address", appliance.ExportOptions{Point: b.Point, Listen: "127.0.0.1:0"}, "127.0.0.1:0", appliance.Invalid, true},
+		{"no such point", appliance.ExportOptions{Point: "db@latest"}, "127.0.0.1:0", appliance.NotFound, true},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		l := listen(tt.address)
+		tt.o.Listeners = []net.Listener{l}
+		err := a.Export(ctx, tt.o, func(appliance.Export) error { cancel(); return nil })
+		cancel()
+		if (err != nil) != tt.fails || tt.fails && appliance.KindOf(err) != tt.want {
+			t.Errorf("%s: got %v, want failure %v of kind %d", tt.name, err, tt.fails, tt.want)
+		}
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("%s: the socket was left open (%v)", tt.name, err)
+		}
+	}
+
+	ours, theirs := net.Pipe()
+	remote := stranger{ours}
+	err := a.Export(t.Context(), appliance.ExportOptions{Point: b.Point, Client: remote}, func(appliance.Export) error { return nil })
+	if appliance.KindOf(err) != appliance.Refused {
+		t.Errorf("a client of another machine: got %v, want a refusal", err)
+	}
+	if _, err := theirs.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("a client of another machine: got %v, want nothing but the end", err)
+	}
+}
+
+// stranger is a connection from another machine.
+type stranger struct{ net.Conn }
+
+func (stranger) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1} }
 
 // TestExportRemote opens all addresses when that is asked for in so many words.
 func TestExportRemote(t *testing.T) {

@@ -35,12 +35,13 @@ The disk is served until the command is interrupted (Ctrl-C or SIGTERM), which i
 its normal end: exit status 0. The data folder is in use until then.
 
 With --writable clients can write. The restore point stays as it is: what they
-write is kept beside it, under the export's name. The same command goes on with
-it later, also after a crash; every write that a client flushed is there. "export
-commit" makes a restore point of it, "export remove" discards it.
+write is kept beside it, under the export's name. With --name the same command goes
+on with it later, also after a crash, and also when web@latest is a newer point by
+then. Every write that a client flushed is there. "export commit" makes a restore
+point of it, "export remove" discards it.
 
 By default it listens on ` + appliance.DefaultListen + `, or another free port of 127.0.0.1 if that
-is taken, or on the sockets that systemd passes. Without TLS there is neither encryption
+is taken, or on the sockets that systemd passes; of those nothing is printed. Without TLS there is neither encryption
 nor a password: addresses that other machines reach need --allow-remote, and the
 socket of --unix is for those who may write to it.
 
@@ -57,15 +58,16 @@ the metadata context holdfast:changed:ID.`,
   nbdinfo --map=holdfast:changed:0c77ab90 nbd://127.0.0.1:10809/web/1f00aa27/vda`,
 		Args:              arguments("POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
+		PreRunE:           func(*cobra.Command, []string) error { return passedSockets(&o, single) },
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.Point, o.Limit = args[0], int64(limit)
-			if err := passedSockets(&o, single); err != nil {
-				return err
+			if limit == 0 && cmd.Flags().Changed("limit") {
+				o.Limit = appliance.NoLimit
 			}
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
 				return a.Export(cmd.Context(), o, func(e appliance.Export) error {
-					if single {
-						return nil // standard output may be the client
+					if o.Client != nil || len(o.Listeners) > 0 {
+						return nil // standard output is the client, or its user's
 					}
 					how := "read-only"
 					if !e.ReadOnly {
@@ -76,7 +78,7 @@ the metadata context holdfast:changed:ID.`,
 			})
 		},
 	}
-	cmd.Flags().Var(&limit, "limit", "how much clients may write, on disk; then they get \"no space left\" (default no limit)")
+	cmd.Flags().Var(&limit, "limit", "how much clients may write, on disk, then they get \"no space left\"; 0 is no limit (default as it was, at first no limit)")
 	cmd.Flags().BoolVar(&single, "single", false, "serve the one client that standard input is connected to, as inetd has it")
 	exportFlags(cmd, &o)
 	return cmd
@@ -101,14 +103,12 @@ func exportFlags(cmd *cobra.Command, o *appliance.ExportOptions) {
 	choices(cmd, "tls", appliance.TLSModes)
 }
 
-// passedSockets takes the sockets that whoever started this process passed it, if the options
-// name none.
+// passedSockets takes the sockets that whoever started this process passed it.
 func passedSockets(o *appliance.ExportOptions, single bool) error {
 	var err error
-	switch {
-	case single:
+	if single {
 		o.Client, err = systemd.Conn(os.Stdin)
-	case o.Listen == "" && o.Unix == "":
+	} else {
 		o.Listeners, err = systemd.Listeners()
 	}
 	return err
