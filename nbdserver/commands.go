@@ -165,21 +165,22 @@ func (c *conn) perform(ctx context.Context, j job) {
 	c.answer(j, b, p)
 }
 
-// note counts how often in a row the disk was quick with small jobs, and whether
-// it is with large ones. A single job that took a little longer, as happens to
-// every disk on a busy machine, does not count as much as one that had to wait for
-// something.
+// note keeps score of how quick the disk is with small jobs, and whether it is
+// prompt with large ones. A slow job costs as many points as quick ones could have
+// been done meanwhile, but no more than slowest, since every disk is slow once in a
+// while on a busy machine.
 func (c *conn) note(took time.Duration, length int64) {
-	quick := c.quick.Load()
-	switch {
-	case length > smallReply:
+	if length > smallReply {
 		c.queue.note(took)
-	case took > 10*quickly:
-		c.quick.Store(0)
-	case took > quickly:
-		c.quick.Store(max(quick-quickRun/4, 0))
-	case quick < quickRun:
-		c.quick.Add(1)
+		return
+	}
+	was := c.quick.Load()
+	score := was + 1
+	if took > quickly {
+		score = was - min(int64(took/quickly), slowest)
+	}
+	if score = min(max(score, 0), bestScore); score != was {
+		c.quick.Store(score) // what another job adds at the same time may be lost
 	}
 }
 

@@ -2,6 +2,7 @@ package nbdserver
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,14 +47,14 @@ type conn struct {
 
 	// Owned by the reader.
 	in         *bufio.Reader
-	socket     *socket // what in reads from; nil if that is the connection itself
+	socket     *socket // nil if net is none of the operating system, or encrypted
 	held       bool    // replies may wait for a flush
 	streams    streams
 	quietSince time.Time // while the connection drains
 	sentBefore int64     // replies sent, when that was last looked at
 
 	draining atomic.Bool
-	quick    atomic.Int64 // requests that were quick since the last that was not, up to quickRun
+	quick    atomic.Int64 // score of the disk's latest answers to small requests, up to bestScore
 	relief   *relief
 	readers  sync.WaitGroup // the reader, and those who were and still execute a request
 }
@@ -72,9 +74,13 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 		}
 		c.queue.give(cost)
 	}
-	eager := func() bool { return c.quick.Load() >= quickRun && c.queue.idle() }
-	if c.socket = newSocket(nc, in, s.waiters, eager); c.socket != nil {
-		c.in = bufio.NewReaderSize(c.socket, readerSize)
+	if u, ok := nc.(*net.UnixConn); ok {
+		_ = u.SetWriteBuffer(sendBuffer) // a smaller one is only slower
+	}
+	if c.socket = newSocket(nc, s.waiters); c.socket != nil {
+		c.net, c.out.conn = c.socket, c.socket
+		read, _ := in.Peek(in.Buffered())
+		c.in = bufio.NewReaderSize(io.MultiReader(bytes.NewReader(slices.Clone(read)), c.socket), readerSize)
 	}
 	c.streams.disk, _ = chosen.export.Disk.(Prefetcher)
 	c.streams.size = chosen.export.size
@@ -87,9 +93,6 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 // returns, or later if it returns ErrBusy. Any other error says why the client had
 // to be dropped.
 func (c *conn) serve(ctx context.Context) error {
-	if u, ok := c.net.(*net.UnixConn); ok {
-		_ = u.SetWriteBuffer(sendBuffer) // a smaller one is only slower
-	}
 	// working ends when no reply can reach the client any more.
 	working, stop := context.WithCancel(context.WithoutCancel(ctx))
 	aborted := make(chan struct{})
@@ -132,7 +135,9 @@ func (c *conn) end(err error, aborted <-chan struct{}) error {
 	go func() {
 		c.readers.Wait()
 		c.queue.started.Wait()
-		c.socket.close()
+		if c.socket != nil {
+			c.socket.release()
+		}
 		c.queue.watch.Stop()
 		c.queue.close()
 		c.export.users.Done()
@@ -201,6 +206,9 @@ func (c *conn) readRequest() (wire.Request, error) {
 	}
 	if c.draining.Load() { // perhaps only now: its deadline counts
 		c.net.SetReadDeadline(time.Now().Add(quietTime))
+	}
+	if c.socket != nil && c.in.Buffered() < n && c.quick.Load() >= quickRun && c.queue.idle() {
+		c.socket.hasten()
 	}
 	p, err := c.in.Peek(n)
 	for err != nil {

@@ -122,8 +122,10 @@ func (r *recordConn) SetWriteDeadline(t time.Time) error {
 // writeBuffers sends buffers in as few system calls as the connection allows. It
 // may change the slice.
 func writeBuffers(nc net.Conn, buffers net.Buffers) error {
-	if e, ok := nc.(*encrypted); ok {
-		return e.writeBuffers(buffers)
+	if w, ok := nc.(interface {
+		writeBuffers(buffers net.Buffers) error
+	}); ok {
+		return w.writeBuffers(buffers)
 	}
 	_, err := buffers.WriteTo(nc)
 	return err

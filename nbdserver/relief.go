@@ -9,11 +9,14 @@ const (
 	// quickly is how fast a disk must answer for the reader to execute requests
 	// itself: about what handing a request to a worker costs.
 	quickly = 20 * time.Microsecond
-	// quickRun is after how many quick requests in a row the reader does so.
-	quickRun = 16
+	// quickRun is after how many quick requests the reader does so, and bestScore
+	// how many it remembers at most. slowest is how many a slow one cancels at most.
+	quickRun  = 16
+	bestScore = 64
+	slowest   = 32
 	// reliefPeriod bounds how long a request that is unexpectedly slow keeps
 	// the reader from reading: at most twice as long.
-	reliefPeriod = 2 * time.Millisecond
+	reliefPeriod = 10 * time.Millisecond
 )
 
 // relief lets a connection's reader execute quick requests itself, without
