@@ -36,9 +36,20 @@
 // # Lost connections
 //
 // When a connection ends, the requests that it owes are sent again on another or
-// a new one, whose export must have the same size, flags and contexts; see
-// [Options]. Whether it has the same bytes, NBD cannot tell: where another disk
-// may come up under the same address, set Options.NoReconnect.
+// a new one, whose export must have the same size, flags, block sizes, kind of
+// replies and contexts; see [Options]. While others are left, one attempt is made
+// to replace it: if that fails, the client makes do with the others until the
+// last of them has ended.
+//
+// Whether a new connection finds the same bytes, NBD cannot tell: where another
+// disk may come up under the same address, set Options.NoReconnect. All
+// connections are then made in Dial, and the end of any of them, be it that
+// nothing was asked of it, ends them all: whatever is asked from then on is
+// [ErrLost], and nothing is sent again. So all bytes are of one disk, provided
+// that Dial met one server. It compares what the connections found, as above, and
+// if a server ends between two of them, the end of the first is an ErrLost. What
+// it cannot see is an end that the network does not tell of, a server that goes
+// on serving while its successor listens, and several servers behind one address.
 package nbdclient
 
 import (
@@ -82,9 +93,12 @@ var (
 	// ErrUnsupported means a server that is too old, or a URI that needs what this
 	// client does not do.
 	ErrUnsupported = errors.New("not supported")
-	// ErrChanged means that after a lost connection the export was another one: its
-	// size, flags, block sizes or contexts differ.
+	// ErrChanged means that a further connection, or one after a lost one, found
+	// another export: its size, flags, block sizes, replies or contexts differ.
 	ErrChanged = errors.New("the export has changed")
+	// ErrLost means that a connection of a client with Options.NoReconnect ended. It
+	// is joined with the reason.
+	ErrLost = errors.New("the connection was lost, and the disk may be another one now")
 	// ErrTimeout means a server that stopped answering.
 	ErrTimeout = errors.New("the server does not answer")
 )
@@ -147,7 +161,8 @@ type Options struct {
 	// "qemu:dirty-bitmap:NAME"; at most 32.
 	Contexts []string
 	// Connections is how many connections to use if the server allows more than
-	// one (NBD_FLAG_CAN_MULTI_CONN); fewer, if it refuses further ones. Default 4.
+	// one (NBD_FLAG_CAN_MULTI_CONN); fewer, if it refuses further ones or leaves
+	// them unanswered. Default 4.
 	Connections int
 	// InFlight is how many requests one connection may have unanswered. Default 32.
 	InFlight int
@@ -157,8 +172,11 @@ type Options struct {
 	// of a reply begins to arrive. One reply may take ten times as long, be it that
 	// others are before it. Then the connection counts as lost. Default 60 s.
 	Timeout time.Duration
-	// NoReconnect makes a lost connection an error of the requests it owes; others
-	// that are left go on.
+	// NoReconnect makes the end of any connection that of the client: ErrLost is the
+	// error of the requests that have no answer yet, and of all later ones. No
+	// connection is made after Dial, which waits for all of them, one after the
+	// other: up to HandshakeTimeout for one that is left unanswered, such as by a
+	// qemu-nbd that has as many clients as it may.
 	NoReconnect bool
 	// Attempts is how often one request is sent before a lost connection is its
 	// error. Default 5.
@@ -255,8 +273,8 @@ const pieceSize = 256 << 10
 const maxStatusRequests = 4
 
 // Dial connects to a server and returns its export. It fails with ErrNoExport,
-// ErrTLS, ErrUnsupported, ErrProtocol or an error of the network. ctx is for
-// Dial alone.
+// ErrTLS, ErrUnsupported, ErrProtocol or an error of the network; with
+// Options.NoReconnect also with ErrChanged or ErrLost. ctx is for Dial alone.
 func Dial(ctx context.Context, o Options) (*Client, error) {
 	o, err := o.withDefaults()
 	if err != nil {
@@ -277,8 +295,15 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	running, stop := context.WithCancel(context.WithoutCancel(ctx))
 	c.stop = stop
 	c.adopt(first)
-	c.running.Go(func() { c.keepConnected(running) })
 	c.running.Go(func() { c.watch(running) })
+	if o.NoReconnect {
+		if err := c.connectAll(ctx); err != nil {
+			c.Close()
+			return nil, c.wrap(err)
+		}
+		return c, nil
+	}
+	c.running.Go(func() { c.keepConnected(running) })
 	c.wake()
 	return c, nil
 }
@@ -313,9 +338,10 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// ReadAt reads len(p) bytes at off. Only Close and the Options' times end a read
-// early; then, and after a [ServerError], n says how many bytes before the first
-// failure are good. Beyond Size it returns io.EOF.
+// ReadAt reads len(p) bytes at off. Only Close, the Options' times and, with
+// Options.NoReconnect, a lost connection end a read early; then, and after a
+// [ServerError], n says how many bytes before the first failure are good. Beyond
+// Size it returns io.EOF.
 func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, c.wrap(fmt.Errorf("read at %d: %w", off, syscall.EINVAL))

@@ -155,12 +155,12 @@ func (c *conn) receive() error {
 	return c.broken
 }
 
-// abandon fails the requests that the ended connection owes, and from now on
-// those that are sent on it.
+// abandon fails the requests that the ended connection owes with err, and from
+// now on those that are sent on it.
 func (c *conn) abandon(err error) {
 	c.mu.Lock()
 	pending := c.pending
-	c.pending = nil
+	c.pending, c.broken = nil, err
 	c.mu.Unlock()
 	for _, r := range pending {
 		c.finish(r, err, true)

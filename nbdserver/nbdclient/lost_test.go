@@ -35,7 +35,7 @@ func TestLostConnection(t *testing.T) {
 		want   error
 	}{
 		{"replayed", nil, func(f *fake) { f.serve(want) }, 2, nil},
-		{"not wanted", func(o *nbdclient.Options) { o.NoReconnect = true }, nil, 1, io.ErrUnexpectedEOF},
+		{"not wanted", func(o *nbdclient.Options) { o.NoReconnect = true }, nil, 1, nbdclient.ErrLost},
 		{"another size", nil, func(f *fake) { f.size++; f.serve(want) }, 2, nbdclient.ErrChanged},
 		{"other flags", nil, func(f *fake) { f.flags = wire.FlagHasFlags; f.serve(want) }, 2, nbdclient.ErrChanged},
 		{"a context less", nil, func(f *fake) { f.contexts = nil; f.serve(want) }, 2, nbdclient.ErrChanged},

@@ -14,13 +14,13 @@ import (
 type pool struct {
 	inFlight int  // requests on one connection
 	most     int  // connections that may be used
-	final    bool // the end of the last connection is final
+	final    bool // the end of any connection is that of all
 
 	mu      sync.Mutex // guards the rest
 	live    []*conn
 	want    int // connections, at most most; fewer once the server refuses more
 	waiters []chan<- acquired
-	lost    error // why the last connection ended
+	lost    error // if final: why the first connection ended
 	closed  bool
 }
 
@@ -72,21 +72,49 @@ func (p *pool) release(c *conn) {
 	p.serveLocked()
 }
 
-// remove takes out a connection that has ended.
-func (p *pool) remove(c *conn, err error) {
+// remove takes out a connection that has ended by err, and returns the error of
+// the requests that it owes.
+func (p *pool) remove(c *conn, err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.live = slices.DeleteFunc(p.live, func(l *conn) bool { return l == c })
-	p.lost = err
 	switch {
+	case p.closed:
+	case p.final:
+		return p.loseLocked(err)
 	case len(p.live) == 0:
 		p.want = p.most
-		if p.final {
-			p.failLocked(err)
-		}
 	case !c.useful:
 		p.want = len(p.live) // so a server may say that it accepts no more
 	}
+	return err
+}
+
+// loseLocked ends all connections because one has ended by err, and returns the
+// error of all requests from then on.
+func (p *pool) loseLocked(err error) error {
+	if p.lost == nil {
+		p.lost = fmt.Errorf("%w: %w", ErrLost, err)
+		p.failLocked(p.lost)
+		for _, c := range p.live {
+			c.fail(p.lost)
+		}
+	}
+	return p.lost
+}
+
+// ended returns why there will be no connection any more, or nil.
+func (p *pool) ended() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.endedLocked()
+}
+
+func (p *pool) endedLocked() error {
+	if p.closed {
+		return ErrClosed
+	}
+	return p.lost
 }
 
 // content makes do with the connections that there are, and reports
@@ -139,17 +167,13 @@ func (p *pool) giveUp(err error) {
 func (c *Client) acquire(ctx context.Context) (*conn, error) {
 	p := &c.pool
 	p.mu.Lock()
-	if p.closed {
+	if err := p.endedLocked(); err != nil {
 		p.mu.Unlock()
-		return nil, ErrClosed
+		return nil, err
 	}
 	if conn := p.roomLocked(); conn != nil {
 		p.mu.Unlock()
 		return conn, nil
-	}
-	if len(p.live) == 0 && p.final {
-		defer p.mu.Unlock()
-		return nil, p.lost
 	}
 	got := make(chan acquired, 1)
 	p.waiters = append(p.waiters, got)
@@ -186,22 +210,52 @@ func (c *Client) adopt(conn *conn) {
 	p := &c.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		conn.fail(ErrClosed)
+	if err := p.endedLocked(); err != nil {
+		conn.fail(err)
 		return
 	}
 	conn.completed = func() { p.release(conn) }
 	p.live = append(p.live, conn)
 	c.running.Go(func() {
 		err := conn.receive()
-		p.remove(conn, err)
-		if !errors.Is(err, ErrClosed) {
+		owed := p.remove(conn, err)
+		if !errors.Is(err, ErrClosed) && !errors.Is(err, ErrLost) { // neither Close nor another one's end
 			c.options.Log.Warn("connection to the NBD server lost", c.logAttrs(err)...)
 		}
-		conn.abandon(err)
+		conn.abandon(owed)
 		c.wake()
 	})
 	p.serveLocked()
+}
+
+// connectAll makes the connections besides the first, for a client that makes
+// none later. One that the server refuses is the last.
+func (c *Client) connectAll(ctx context.Context) error {
+	for range c.pool.most - 1 {
+		conn, err := c.connectSame(ctx)
+		if err != nil {
+			if ctx.Err() != nil || errors.Is(err, ErrChanged) {
+				return err
+			}
+			c.options.Log.DebugContext(ctx, "no further connection to the NBD server", c.logAttrs(err)...)
+			break
+		}
+		c.adopt(conn)
+	}
+	return c.pool.ended()
+}
+
+// connectSame makes a connection to what the first one found.
+func (c *Client) connectSame(ctx context.Context) (*conn, error) {
+	conn, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.export.same(conn.export); err != nil {
+		conn.leave()
+		return nil, err
+	}
+	return conn, nil
 }
 
 // keepConnected makes the connections that are missing, until ctx ends.
@@ -225,13 +279,8 @@ func (c *Client) reconnect(ctx context.Context) {
 	pause := 50 * time.Millisecond
 	for p.missing() {
 		trying, cancel := context.WithDeadlineCause(ctx, deadline, ErrTimeout)
-		conn, err := c.connect(trying)
+		conn, err := c.connectSame(trying)
 		cancel()
-		if err == nil {
-			if err = c.export.same(conn.export); err != nil {
-				conn.leave()
-			}
-		}
 		switch {
 		case err == nil:
 			c.adopt(conn)

@@ -22,7 +22,9 @@ func (c *Client) Extents(ctx context.Context, off, length int64) iter.Seq2[image
 	off, length = image.Clip(off, length, c.export.size)
 	if !c.export.has(wire.BaseAllocation) {
 		return func(yield func(image.Extent, error) bool) {
-			if length > 0 {
+			if err := c.pool.ended(); err != nil {
+				yield(image.Extent{}, c.wrap(err))
+			} else if length > 0 {
 				yield(image.Extent{Off: off, Len: length}, nil)
 			}
 		}
