@@ -298,7 +298,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	c.running.Go(func() { c.watch(running) })
 	if o.NoReconnect {
 		if err := c.connectAll(ctx); err != nil {
-			c.Close()
+			_ = c.Close() // it has no error
 			return nil, c.wrap(err)
 		}
 		return c, nil
