@@ -25,7 +25,7 @@ check: deps ## format, vet, lint; what a change must pass besides the tests
 	@echo 'go fix -diff ./...'; diff=$$(go fix -diff ./...); test -z "$$diff" || { echo "$$diff"; exit 1; }
 	$(STATICCHECK) ./...
 	$(GOLANGCI_LINT) run ./...
-	shellcheck .ci/run scripts/*
+	shellcheck .ci/run scripts/* e2e/testdata/*.sh
 
 demo: ## back up, change, diff, mount, serve and restore a real guest's disk
 	@scripts/install-deps demo

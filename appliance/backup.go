@@ -147,7 +147,7 @@ func (b ImageBackup) openOne(ctx context.Context, path string, log *slog.Logger)
 		return nil, err
 	}
 	// The end of ctx ends reads that wait for a silent server.
-	return &export{c, context.AfterFunc(ctx, func() { c.Close() })}, nil
+	return &export{c, context.AfterFunc(ctx, func() { _ = c.Close() })}, nil
 }
 
 // export is an NBD export that is being backed up.
