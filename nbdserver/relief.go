@@ -15,7 +15,7 @@ const (
 	bestScore = 64
 	slowest   = 32
 	// reliefPeriod bounds how long a request that is unexpectedly slow keeps
-	// the reader from reading: at most twice as long.
+	// the reader from reading: at most twice as long. Each tick wakes a thread.
 	reliefPeriod = 10 * time.Millisecond
 )
 
