@@ -173,10 +173,10 @@ func (s *socket) call(by *time.Time, do func() (int, error)) (int, error) {
 	}
 	for {
 		n, err := do()
-		switch err { //nolint:errorlint // it is a number
-		case unix.EINTR:
+		if errors.Is(err, unix.EINTR) {
 			continue
-		case unix.EAGAIN:
+		}
+		if errors.Is(err, unix.EAGAIN) {
 			err = errLingered
 		}
 		return max(n, 0), err
@@ -280,7 +280,7 @@ func (s *socket) Close() error {
 // release frees what the operating system has for the connection, once nobody
 // reads or writes any more.
 func (s *socket) release() {
-	s.Close()
+	_ = s.Close() // perhaps once more
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.watched == nil {
@@ -288,7 +288,7 @@ func (s *socket) release() {
 		s.watched = s.Conn // which is closed
 	}
 	if s.fd >= 0 {
-		unix.Close(s.fd)
+		_ = unix.Close(s.fd)
 		s.fd = -1
 	}
 }
