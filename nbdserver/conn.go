@@ -318,7 +318,7 @@ func (c *conn) accept(ctx context.Context, r wire.Request) error {
 		p = problemShutdown
 	}
 	contexts := c.contexts
-	if p == nil && r.Command == wire.CmdBlockStatus && payload > 0 {
+	if p == nil && r.Command == wire.CmdBlockStatus && r.Flags&wire.CmdFlagPayloadLen != 0 {
 		r.Length, contexts, p, err = c.readContexts(r)
 		payload = 0
 		if err != nil {

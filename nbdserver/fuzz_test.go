@@ -69,11 +69,13 @@ func FuzzTransmission(f *testing.F) {
 	}
 	h := modeClient{mode: extendedMode}.header
 	f.Add(byte(extendedMode), wire(h(ask64{payloadLen, cmdStatus, 1, 0, 12}), uint64(testSize), uint32(1)))
+	f.Add(byte(extendedMode), wire(h(ask64{payloadLen, cmdStatus, 1, 0, 0}), h(ask64{payloadLen, cmdStatus, 1, 1 << 63, 0})))
+	f.Add(byte(extendedMode+1), wire(h(ask64{payloadLen, cmdStatus, 1, 0, 0}), h(ask64{payloadLen, cmdStatus, 1, 1 << 63, 0})))
 	enter := option(optGo, info("disk"))
 	set := option(optSetMeta, meta("disk", "base:allocation"))
-	prefix := map[byte][]byte{0: enter, 1: wire(option(optStructured), set, enter), 2: wire(option(optExtended), set, enter)}
+	prefix := map[byte][]byte{0: enter, 1: wire(option(optStructured), set, enter), 2: wire(option(optExtended), set, enter), 3: wire(option(optExtended), enter)}
 	fuzz := fuzzServer(f, nbdserver.Export{Name: "disk", Disk: newRAM(testBytes())})
 	f.Fuzz(func(t *testing.T, m byte, input []byte) {
-		fuzz(t, wire(fixedNewstyle|noZeroes, prefix[m%3], input))
+		fuzz(t, wire(fixedNewstyle|noZeroes, prefix[m%4], input))
 	})
 }

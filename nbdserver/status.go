@@ -35,7 +35,7 @@ func (a allocation) Status(ctx context.Context, off, length int64) iter.Seq2[Sta
 }
 
 // readContexts reads the payload of a block status: the length of its effect and
-// the contexts that it asks for.
+// the contexts that it asks for, one at least unless there is a problem.
 //
 // Source: NBD doc/proto.md of branch extension-ext-header, "NBD_CMD_BLOCK_STATUS".
 func (c *conn) readContexts(r wire.Request) (length uint64, asked []selected, p *problem, err error) {

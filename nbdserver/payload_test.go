@@ -1,0 +1,30 @@
+package nbdserver_test
+
+import (
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/nbdserver"
+)
+
+// TestEmptyStatusPayload: a block status that announces a payload and has none
+// names no contexts, whatever else it says, and is refused as such.
+func TestEmptyStatusPayload(t *testing.T) {
+	t.Parallel()
+	socket := start(t, nbdserver.Options{}, testExport())
+	for _, contexts := range [][]string{nil, {allocationContext}} {
+		c := enterMode(dial(t, socket), "disk", extendedMode, contexts...)
+		for _, q := range []ask64{
+			{payloadLen, cmdStatus, 1, 0, 0},
+			{payloadLen | reqOne, cmdStatus, 2, 0, 0},
+			{payloadLen, cmdStatus, 3, hugeOffset, 0},
+			{payloadLen, cmdStatus, 4, 0, 8},
+		} {
+			if a := c.ask(q, make([]byte, q.length)); a.errno != einval {
+				t.Errorf("contexts %q, %+v: got error %d, want %d", contexts, q, a.errno, einval)
+			}
+		}
+		if a := c.ask(ask64{0, cmdRead, 5, 0, 512}, nil); a.errno != 0 {
+			t.Errorf("contexts %q: the next read: got error %d", contexts, a.errno)
+		}
+	}
+}
