@@ -46,7 +46,7 @@ func (p *pool) borrow(n, held int64) bool {
 // and what it borrows from a pool beyond that. Its owner guards it.
 //
 // Whoever is refused holds something itself, since the credit suffices for the
-// largest amount; so it need only wait for that.
+// largest amount. It need only wait for that, so that must not wait for it.
 type account struct {
 	pool   *pool
 	credit int64

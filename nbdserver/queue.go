@@ -2,6 +2,7 @@ package nbdserver
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,8 +90,9 @@ func (f *fifo) push(j job) {
 	if f.head == len(f.jobs) {
 		f.jobs, f.head = f.jobs[:0], 0
 	} else if f.head > maxQueued {
-		f.jobs = f.jobs[:copy(f.jobs, f.jobs[f.head:])]
-		f.head = 0
+		n := copy(f.jobs, f.jobs[f.head:])
+		clear(f.jobs[n:]) // which keep nothing alive
+		f.jobs, f.head = f.jobs[:n], 0
 	}
 	f.jobs = append(f.jobs, j)
 }
@@ -102,17 +104,37 @@ func (f *fifo) pop() job {
 	return j
 }
 
+// advance moves the first job that has its memory already to the head, and
+// reports whether there is one.
+func (f *fifo) advance() bool {
+	waiting := f.jobs[f.head:]
+	i := slices.IndexFunc(waiting, func(j job) bool { return j.payload != nil })
+	if i < 0 {
+		return false
+	}
+	first := waiting[i]
+	copy(waiting[1:], waiting[:i])
+	waiting[0] = first
+	return true
+}
+
 // schedule decides which of a connection's requests is executed next. Small ones
 // come first, but a large one after smallRun of them; otherwise they keep their
 // order, and large ones take turns, piece by piece. A worker lives while there
 // are jobs whose memory is there.
+//
+// A job that is refused memory waits for what the connection itself holds: as
+// replies, which the client takes; as jobs being executed; or as pieces of writes that
+// wait behind it, which therefore overtake it then. The reader takes nothing
+// more meanwhile, but in turn.
 type schedule struct {
 	mu      sync.Mutex // guards what follows
 	memory  account
 	small   fifo
 	large   fifo
 	whole   fifo
-	run     int // small jobs since the last large one
+	run     int  // small jobs since the last large one
+	short   bool // the job whose turn it is was refused its memory
 	workers int
 	wholes  int           // workers for whole
 	full    chan struct{} // closed when there is room; nil while nobody waits
@@ -130,18 +152,10 @@ type schedule struct {
 // push hands a job to the workers. It waits for room, and fails when ctx is done
 // first.
 func (s *schedule) push(ctx context.Context, j job) error {
-	s.mu.Lock()
-	for s.small.len()+s.large.len()+s.whole.len() >= maxQueued {
-		room := make(chan struct{})
-		s.full = room
-		s.mu.Unlock()
-		select {
-		case <-room:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		s.mu.Lock()
+	if err := s.room(ctx); err != nil {
+		return err
 	}
+	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case j.whole:
@@ -155,15 +169,44 @@ func (s *schedule) push(ctx context.Context, j job) error {
 	return nil
 }
 
-// try takes memory for a job that overtakes nobody.
+// room waits until there is room for a job. There still is when the caller, the
+// only one to push, does so.
+func (s *schedule) room(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.fullLocked() {
+		room := make(chan struct{})
+		s.full = room
+		s.mu.Unlock()
+		select {
+		case <-room:
+			s.mu.Lock()
+		case <-ctx.Done():
+			s.mu.Lock()
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+func (s *schedule) fullLocked() bool {
+	return s.small.len()+s.large.len()+s.whole.len() >= maxQueued
+}
+
+// try takes memory for a job that overtakes nobody, and for which there is room.
 func (s *schedule) try(n int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.small.len() == 0 && s.memory.take(n)
+	return s.small.len() == 0 && !s.short && !s.fullLocked() && s.memory.take(n)
 }
 
-// reserve takes memory for a payload, in turn with the jobs that wait for some.
+// reserve takes memory for a payload, in turn with the jobs that wait for some,
+// and once there is room for the job that will have it: a reader that held
+// memory and waited for room might wait for a job that waits for that memory.
 func (s *schedule) reserve(ctx context.Context, n int64) error {
+	if err := s.room(ctx); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	if s.small.len()+s.large.len() == 0 && s.memory.take(n) {
 		s.mu.Unlock()
@@ -263,7 +306,12 @@ func (s *schedule) next() (job, bool) {
 		if s.large.len() > 0 && (s.small.len() == 0 || s.run >= smallRun) {
 			from = &s.large
 		}
-		if from.len() == 0 || !s.memory.take(from.first().need) {
+		if from.len() > 0 {
+			if s.short = !s.memory.take(from.first().need); s.short {
+				from = s.withMemoryLocked()
+			}
+		}
+		if from == nil || from.len() == 0 {
 			s.workers--
 			return job{}, false
 		}
@@ -287,6 +335,16 @@ func (s *schedule) next() (job, bool) {
 		s.spawnLocked()
 		return j, true
 	}
+}
+
+// withMemoryLocked returns the queue whose head has its memory already, or nil.
+func (s *schedule) withMemoryLocked() *fifo {
+	for _, from := range []*fifo{&s.small, &s.large} {
+		if from.advance() {
+			return from
+		}
+	}
+	return nil
 }
 
 // nextWhole is next for replies that cannot be cut.
