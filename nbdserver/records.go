@@ -35,6 +35,9 @@ func newEncrypted(nc net.Conn, config *tls.Config) *encrypted {
 // takes farewellTime at most.
 func (e *encrypted) Close() error {
 	e.records.closing.Store(true)
+	// Before anything else: crypto/tls waits for what is being written, which may be its
+	// answer to a client that wants new keys and reads nothing.
+	_ = e.records.SetWriteDeadline(time.Now().Add(farewellTime)) // else the connection is broken already
 	return e.Conn.Close()
 }
 
@@ -111,9 +114,9 @@ func (r *recordConn) Write(p []byte) (int, error) {
 }
 
 // SetWriteDeadline is what crypto/tls calls for its farewell too, with a time far
-// away.
+// away. At the end, farewellTime stays the latest.
 func (r *recordConn) SetWriteDeadline(t time.Time) error {
-	if soon := time.Now().Add(farewellTime); r.closing.Load() && t.After(soon) {
+	if soon := time.Now().Add(farewellTime); r.closing.Load() && (t.IsZero() || t.After(soon)) {
 		t = soon
 	}
 	return r.Conn.SetWriteDeadline(t)
