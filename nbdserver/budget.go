@@ -4,12 +4,16 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sync/semaphore"
 )
 
 const (
 	// laneBytes is the memory for replies that cannot be cut, of all
 	// connections.
 	laneBytes = 64 << 20
+	// laneShare is how much of it one connection may hold, enough for the longest.
+	laneShare = laneBytes / 2
 	// ownSlots is how many operations each export's disk may run at the same
 	// time whatever the others do, and sharedSlots how many more all together:
 	// each may take an operating system's thread, of which Go allows 10,000.
@@ -70,6 +74,27 @@ func (a *account) give(n int64) {
 	}
 	a.used -= n
 }
+
+// lane is the memory of replies that cannot be cut. Those who wait get it in the
+// order in which they came.
+type lane struct {
+	bytes   *semaphore.Weighted
+	waiting atomic.Int64
+}
+
+func newLane() *lane { return &lane{bytes: semaphore.NewWeighted(laneBytes)} }
+
+// enter takes n bytes. It fails when ctx is done first.
+func (l *lane) enter(ctx context.Context, n int64) error {
+	l.waiting.Add(1)
+	defer l.waiting.Add(-1)
+	return l.bytes.Acquire(ctx, n)
+}
+
+func (l *lane) leave(n int64) { l.bytes.Release(n) }
+
+// contended reports whether somebody waits.
+func (l *lane) contended() bool { return l.waiting.Load() > 0 }
 
 // slots bounds how many operations of an export's disk run at the same time.
 // Those who wait get a slot in the order in which they came.

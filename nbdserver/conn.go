@@ -40,7 +40,8 @@ type conn struct {
 	options Options
 	writer  image.Writer // nil if the export is read-only
 	net     net.Conn
-	lane    *semaphore.Weighted
+	lane    *lane
+	ownLane *semaphore.Weighted // what of the lane is this connection's at most
 	queue   schedule
 	out     replyQueue
 	log     *slog.Logger
@@ -54,6 +55,7 @@ type conn struct {
 	sentBefore int64     // replies sent, when that was last looked at
 
 	draining atomic.Bool
+	inline   atomic.Int64 // requests that the reader executes, or one who was that
 	quick    atomic.Int64 // score of the disk's latest answers to small requests, up to bestScore
 	relief   *relief
 	readers  sync.WaitGroup // the reader, and those who were and still execute a request
@@ -61,7 +63,8 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.Logger) *conn {
 	c := &conn{
-		choice: chosen, options: s.options, writer: chosen.export.writer(), net: nc, lane: s.lane, in: in, log: log,
+		choice: chosen, options: s.options, writer: chosen.export.writer(), net: nc, in: in, log: log,
+		lane: s.lane, ownLane: semaphore.NewWeighted(laneShare),
 	}
 	c.queue.memory = account{pool: s.memory, credit: bufferCost(pieceLen)}
 	c.queue.limit = s.options.Workers
@@ -70,10 +73,11 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 	c.out.conn = nc
 	c.out.release = func(cost, lane int64) {
 		if lane > 0 {
-			c.lane.Release(lane)
+			c.leaveLane(lane)
 		}
 		c.queue.give(cost)
 	}
+	c.out.contended = c.lane.contended
 	if u, ok := nc.(*net.UnixConn); ok {
 		_ = u.SetWriteBuffer(sendBuffer) // a smaller one is only slower
 	}
@@ -88,21 +92,30 @@ func newConn(s *Server, nc net.Conn, in *bufio.Reader, chosen choice, log *slog.
 }
 
 // serve answers requests until the client leaves, or its export is removed or ctx
-// is done and the client is quiet, or Options.DrainTimeout after one of that. It
-// returns after the last reply, and ends the use of the export's disk: before it
-// returns, or later if it returns ErrBusy. Any other error says why the client had
-// to be dropped.
+// is done and the client is quiet, or Options.DrainTimeout after one of that. Whatever
+// changes the disk and was asked before the client left is executed in that time,
+// also if no reply can reach the client. It returns after the last reply, and ends the
+// use of the export's disk: before it returns, or later if it returns ErrBusy. Any
+// other error says why the client had to be dropped.
 func (c *conn) serve(ctx context.Context) error {
-	// working ends when no reply can reach the client any more.
+	// working ends when nothing is to begin any more, replying already when no reply
+	// can reach the client.
 	working, stop := context.WithCancel(context.WithoutCancel(ctx))
-	aborted := make(chan struct{})
-	abort := sync.OnceFunc(func() { stop(); c.net.Close(); close(aborted) })
+	replying, mute := context.WithCancel(working)
+	abort := func() { stop(); c.net.Close() }
+	defer mute()
 	defer abort()
-	c.out.failed = func() { stop(); c.net.Close() }
 	timer := time.AfterFunc(c.options.DrainTimeout, abort)
 	timer.Stop()
 	defer timer.Stop()
 	last := sync.OnceFunc(func() { timer.Reset(c.options.DrainTimeout) })
+	c.out.failed = func(err error) {
+		mute()
+		last()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			c.net.Close() // the client is there: else what it has sent is still read
+		}
+	}
 	drain := func() {
 		last()
 		c.draining.Store(true)
@@ -111,7 +124,7 @@ func (c *conn) serve(ctx context.Context) error {
 	defer context.AfterFunc(ctx, drain)()
 	defer context.AfterFunc(c.export.removed, drain)() //nolint:contextcheck // the export's end is no child of this call's
 
-	c.queue.work = func(next func() (job, bool)) { c.work(working, next) }
+	c.queue.work = func(next func() (job, bool)) { c.work(working, replying, next) }
 	read := make(chan error, 1)
 	startReader := func() {
 		c.readers.Go(func() {
@@ -120,17 +133,19 @@ func (c *conn) serve(ctx context.Context) error {
 			}
 		})
 	}
-	c.relief = newRelief(startReader)
+	c.relief = newRelief(func() {
+		c.quick.Store(0) // the next reader would meet the same disk
+		startReader()
+	})
 	startReader()
 	err := <-read
 	c.relief.timer.Stop()
 	last()
-	return c.end(err, aborted)
+	return c.end(working, err)
 }
 
-// end waits for what is being executed, until closingTime after aborted is
-// closed.
-func (c *conn) end(err error, aborted <-chan struct{}) error {
+// end waits for what is being executed, until closingTime after ctx is done.
+func (c *conn) end(ctx context.Context, err error) error {
 	idle := make(chan struct{})
 	go func() {
 		c.readers.Wait()
@@ -146,15 +161,13 @@ func (c *conn) end(err error, aborted <-chan struct{}) error {
 	select {
 	case <-idle:
 		return err
-	case <-aborted:
+	case <-ctx.Done():
 	}
 	select {
 	case <-idle:
 		return err
 	case <-time.After(closingTime):
-		c.export.stuck.Add(1)
-		go func() { <-idle; c.export.stuck.Add(-1) }()
-		return fmt.Errorf("%w: export %q", ErrBusy, c.export.Name)
+		return c.export.abandon(idle)
 	}
 }
 
@@ -206,8 +219,10 @@ func (c *conn) readRequest() (wire.Request, error) {
 	}
 	if c.draining.Load() { // perhaps only now: its deadline counts
 		c.net.SetReadDeadline(time.Now().Add(quietTime))
+	} else {
+		c.sentBefore = c.out.sent.Load()
 	}
-	if c.socket != nil && c.in.Buffered() < n && c.quick.Load() >= quickRun && c.queue.idle() {
+	if c.socket != nil && c.in.Buffered() < n && c.quick.Load() >= quickRun && c.queue.idle() && c.inline.Load() == 0 {
 		c.socket.hasten()
 	}
 	p, err := c.in.Peek(n)
@@ -216,7 +231,7 @@ func (c *conn) readRequest() (wire.Request, error) {
 		case !c.timedOut(err):
 			return wire.Request{}, err
 		case !c.draining.Load():
-			err = c.waitOn(!c.queue.idle() || !c.out.idle())
+			err = c.waitOn(c.busy())
 		case c.quiet():
 			err = io.EOF
 		default:
@@ -257,12 +272,19 @@ func (c *conn) waitOn(busy bool) error {
 // quiet or waitOn has set.
 func (c *conn) timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
+// busy reports whether something is being executed or answered, or has been
+// answered since the last look.
+func (c *conn) busy() bool {
+	before := c.sentBefore
+	c.sentBefore = c.out.sent.Load()
+	return c.inline.Load() > 0 || !c.queue.idle() || !c.out.idle() || c.sentBefore != before
+}
+
 // quiet reports whether nothing has been asked, executed or answered for
 // quietTime. If not, it sets the deadline for the next look.
 func (c *conn) quiet() bool {
 	now := time.Now()
-	if sent := c.out.sent.Load(); sent != c.sentBefore || !c.queue.idle() || !c.out.idle() || c.quietSince.IsZero() {
-		c.sentBefore = sent
+	if c.busy() || c.quietSince.IsZero() {
 		c.quietSince = now
 	}
 	if now.Sub(c.quietSince) >= quietTime {
@@ -430,6 +452,8 @@ func (c *conn) dispatch(ctx context.Context, j job) error {
 		return c.queue.push(ctx, j)
 	}
 	more := c.in.Buffered() >= c.headerLen()
+	c.inline.Add(1)
+	defer c.inline.Add(-1)
 	turn := c.relief.begin()
 	c.perform(ctx, j)
 	if !more {
@@ -453,11 +477,17 @@ func (c *conn) promises(j job) bool {
 	return j.problem != nil || (j.Command == wire.CmdRead || j.Command == wire.CmdWrite) && j.Flags&wire.CmdFlagFUA == 0 && j.length <= smallReply
 }
 
-func (c *conn) work(ctx context.Context, next func() (job, bool)) {
+// work is a worker. A job that only asks something is not begun once replying is
+// done.
+func (c *conn) work(working, replying context.Context, next func() (job, bool)) {
 	for {
 		j, ok := next()
 		if !ok {
 			return
+		}
+		ctx := replying
+		if j.changes() {
+			ctx = working
 		}
 		if !c.begin(ctx, j) {
 			continue
@@ -468,22 +498,49 @@ func (c *conn) work(ctx context.Context, next func() (job, bool)) {
 	}
 }
 
-// begin waits for what a job needs besides its memory. If nobody is there any
-// more to receive the reply, the job is dropped and begin returns false.
+// begin waits for what a job needs besides its memory. If ctx is done first, the
+// job is dropped and begin returns false.
 func (c *conn) begin(ctx context.Context, j job) bool {
 	err := ctx.Err()
 	if err == nil && j.whole {
-		err = c.lane.Acquire(ctx, j.laneCost())
+		err = c.enterLane(ctx, j.laneCost())
 	}
 	if err == nil && j.problem == nil {
 		if err = c.export.slots.enter(ctx); err != nil && j.whole {
-			c.lane.Release(j.laneCost())
+			c.leaveLane(j.laneCost())
 		}
 	}
-	if err != nil && j.payload != nil {
-		j.payload.free()
+	if err != nil {
+		c.drop(j)
 	}
-	return err == nil // else close gives its memory back
+	return err == nil
+}
+
+// drop gives back the memory of a job that is not executed.
+func (c *conn) drop(j job) {
+	if j.payload == nil {
+		c.queue.give(j.need)
+		return
+	}
+	c.queue.give(j.payload.cost)
+	j.payload.free()
+}
+
+// enterLane takes n bytes of the lane, within the share of the connection.
+func (c *conn) enterLane(ctx context.Context, n int64) error {
+	if err := c.ownLane.Acquire(ctx, n); err != nil {
+		return err
+	}
+	err := c.lane.enter(ctx, n)
+	if err != nil {
+		c.ownLane.Release(n)
+	}
+	return err
+}
+
+func (c *conn) leaveLane(n int64) {
+	c.lane.leave(n)
+	c.ownLane.Release(n)
 }
 
 func ignoreEOF(err error) error {

@@ -71,7 +71,7 @@ func (c modeClient) skip(lengths map[uint64]uint64) (errno uint32, last bool) {
 func TestReadsAndWritesWithoutMemory(t *testing.T) {
 	t.Parallel()
 	for _, m := range []mode{simpleMode, structuredMode} {
-		for seed := range uint64(4) {
+		for seed := range uint64(2) {
 			t.Run(fmt.Sprintf("%v/%d", m, seed), func(t *testing.T) {
 				t.Parallel()
 				random := rand.New(rand.NewPCG(seed, uint64(m)))

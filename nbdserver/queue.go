@@ -56,6 +56,15 @@ func newParts(n int64) *parts {
 	return p
 }
 
+// changes reports whether the job changes the disk, or makes changes durable.
+func (j *job) changes() bool {
+	switch j.Command {
+	case wire.CmdWrite, wire.CmdWriteZeroes, wire.CmdTrim, wire.CmdFlush:
+		return true
+	}
+	return false
+}
+
 // cut takes the next job off a request that is to be done in several, and
 // reports whether more are left.
 func (j *job) cut() (piece job, more bool) {

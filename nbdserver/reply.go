@@ -1,8 +1,10 @@
 package nbdserver
 
 import (
+	"fmt"
 	"math/bits"
 	"net"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -72,23 +74,28 @@ const (
 	// batchReplies is the most that writev takes.
 	batchReplies = 1024
 	// laneTimeout is how long a client that holds memory of the lane may take
-	// for pieceLen bytes.
+	// for pieceLen bytes and, while others wait, for a reply and what is sent before it.
 	laneTimeout = 30 * time.Second
+	// batchPieces is how many pieces a batch without a reply of the lane may
+	// have: its last small and its last large one may both end beyond batchBytes.
+	batchPieces = batchBytes/pieceLen + 2
 )
 
 // replyQueue sends replies. Whoever flushes it while nobody is writing becomes
 // the writer until it is empty. What has gathered meanwhile leaves with one
 // system call.
 type replyQueue struct {
-	conn    net.Conn
-	release func(cost, lane int64) // called as replies leave memory
-	failed  func()                 // called when the client cannot be written to
+	conn      net.Conn
+	release   func(cost, lane int64) // called as replies leave memory
+	failed    func(error)            // called when the client cannot be written to
+	contended func() bool            // reports whether somebody waits for the lane
 
-	mu      sync.Mutex // guards small, large, writing and lane
+	mu      sync.Mutex // guards small, large, writing, lane and since
 	small   []*buffer
 	large   []*buffer // also every chunk of a reply of several, in their order
 	writing bool
-	lane    int // replies that hold memory of the lane
+	lane    int       // replies that hold memory of the lane
+	since   time.Time // when the last of them left, or the first came
 
 	sent atomic.Int64 // batches
 
@@ -105,8 +112,13 @@ func (q *replyQueue) add(b *buffer) {
 	switch {
 	case b.lane > 0:
 		q.large = append(q.large, b)
-		q.lane++
-		q.conn.SetWriteDeadline(time.Now().Add(laneTimeout)) // for what is being written, too
+		if q.lane++; q.lane > 1 {
+			break
+		}
+		q.since = time.Now()
+		if q.writing {
+			q.conn.SetWriteDeadline(q.since.Add(batchPieces * laneTimeout)) // for the batch that is being written
+		}
 	case len(b.b) <= smallReply:
 		q.small = append(q.small, b)
 	default:
@@ -185,7 +197,7 @@ func (q *replyQueue) write() {
 	if !q.broken {
 		if err := q.send(); err != nil {
 			q.broken = true
-			q.failed()
+			q.failed(err)
 		}
 	}
 	var cost, lane int64
@@ -205,6 +217,7 @@ func (q *replyQueue) write() {
 func (q *replyQueue) leaveLane() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.since = time.Now()
 	if q.lane--; q.lane == 0 {
 		q.conn.SetWriteDeadline(time.Time{})
 	}
@@ -224,13 +237,22 @@ func (q *replyQueue) send() error {
 	return writeBuffers(q.conn, q.vectors)
 }
 
-// sendSlowly sends the batch in pieces that each have a deadline.
+// errSlow is a deadline that passed in several pieces.
+var errSlow = fmt.Errorf("the client takes a reply too slowly: %w", os.ErrDeadlineExceeded)
+
+// sendSlowly sends the batch in pieces that each have a deadline, as has the reply
+// while others wait for its memory.
 func (q *replyQueue) sendSlowly() error {
 	for _, b := range q.batch {
 		for piece := range slices.Chunk(b.b, pieceLen) {
 			q.mu.Lock()
-			q.conn.SetWriteDeadline(time.Now().Add(laneTimeout))
+			now := time.Now()
+			slow := q.lane > 0 && now.Sub(q.since) > laneTimeout
+			q.conn.SetWriteDeadline(now.Add(laneTimeout))
 			q.mu.Unlock()
+			if slow && q.contended() {
+				return errSlow
+			}
 			if _, err := q.conn.Write(piece); err != nil {
 				return err
 			}

@@ -247,13 +247,21 @@ type export struct {
 	stuck   atomic.Int64 // connections that ended but for a request that stays in the disk
 }
 
+// abandon counts a use of the disk that has to be waited for no longer, until it
+// ends and idle is closed.
+func (x *export) abandon(idle <-chan struct{}) error {
+	x.stuck.Add(1)
+	go func() { <-idle; x.stuck.Add(-1) }()
+	return fmt.Errorf("%w: export %q", ErrBusy, x.Name)
+}
+
 // Server serves exports to NBD clients. Its methods may be called from many
 // goroutines at once.
 type Server struct {
 	options Options
 	places  *places
 	memory  *pool               // of payloads and replies, in bytes
-	lane    *semaphore.Weighted // memory of replies that cannot be cut, in bytes
+	lane    *lane               // memory of replies that cannot be cut
 	slots   *pool               // for operations of disks
 	waiters *semaphore.Weighted // connections whose system calls wait
 
@@ -268,7 +276,7 @@ func New(o Options) *Server {
 		options: o,
 		places:  newPlaces(o.MaxConnections),
 		memory:  newPool(o.Memory),
-		lane:    semaphore.NewWeighted(laneBytes),
+		lane:    newLane(),
 		slots:   newPool(sharedSlots),
 		waiters: semaphore.NewWeighted(int64(runtime.GOMAXPROCS(0)) - 1),
 		exports: map[string]*export{},
@@ -380,7 +388,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) (err error) {
 	var clients sync.WaitGroup
 	defer func() {
 		clients.Wait()
-		err = cmp.Or(err, s.busy())
+		err = errors.Join(err, s.busy())
 	}()
 	defer cancel() // ends the clients when the listener failed
 	defer l.Close()
