@@ -124,6 +124,46 @@ func TestLaneTimeout(t *testing.T) {
 	})
 }
 
+// TestSlowClientLeavesLane: clients that take a little now and then of replies that
+// cannot be cut are dropped when others wait for that memory; one alone leaves half of it.
+func TestSlowClientLeavesLane(t *testing.T) {
+	t.Parallel()
+	for hogs, most := range map[int]time.Duration{1: 0, 3: time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			l, stop := serveInBubble(t, quiet, nbdserver.Export{Name: "disk", Disk: newCounter()})
+			var dripping sync.WaitGroup
+			for range hogs {
+				h := enterMode(greet(t, l.dial()), "disk", simpleMode)
+				h.SetReadDeadline(time.Time{})
+				for i := range uint64(8) {
+					h.send(h.header(ask64{0, cmdRead, i, 0, maxRequest}))
+				}
+				dripping.Go(func() {
+					for p := make([]byte, 64<<10); ; time.Sleep(500 * time.Millisecond) {
+						if _, err := h.Read(p); err != nil {
+							return
+						}
+					}
+				})
+				defer h.Close()
+			}
+			synctest.Wait()
+			c := enterMode(greet(t, l.dial()), "disk", simpleMode)
+			began := time.Now()
+			if a := c.ask(ask64{0, cmdRead, 9, 0, maxPieceLen + 1}, nil); a.errno != 0 {
+				t.Errorf("got error %d", a.errno)
+			}
+			if got := time.Since(began); got > most {
+				t.Errorf("%d slow clients: waited for %v, want %v at most", hogs, got, most)
+			}
+			if err := stop(); err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+			dripping.Wait()
+		})
+	}
+}
+
 // TestHalfSentWrites: payloads that never arrive hold up nobody else.
 func TestHalfSentWrites(t *testing.T) {
 	t.Parallel()

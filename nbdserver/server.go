@@ -134,8 +134,8 @@ type Options struct {
 	HandshakeTimeout time.Duration
 	// IdleTimeout ends the connection of a client in the transmission phase that
 	// has asked nothing and awaited no reply for that long, or that long sent
-	// nothing of a payload. 0, the default, is never: QEMU keeps a connection
-	// for as long as a guest runs.
+	// nothing of a payload; it may take twice as long. 0, the default, is never: QEMU
+	// keeps a connection for as long as a guest runs.
 	IdleTimeout time.Duration
 	// DrainTimeout is how long a client may take to receive its last replies
 	// when it hung up, the server stops or its export is removed. Default 10 s.
