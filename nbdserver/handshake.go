@@ -54,6 +54,7 @@ type negotiation struct {
 	tls       *TLS // that the client may or must start; nil for none
 	encrypted bool
 	who       identities
+	deadline  time.Time // of the handshake
 	negotiated
 }
 
@@ -82,7 +83,8 @@ func (n *negotiation) use(nc net.Conn) {
 // which transmission begins, its export attached, or nil when the client left
 // or had to be dropped; the error says why and is nil for a polite farewell.
 func (n *negotiation) run(ctx context.Context) (*choice, error) {
-	if err := n.conn.SetDeadline(time.Now().Add(n.server.options.HandshakeTimeout)); err != nil {
+	n.deadline = time.Now().Add(n.server.options.HandshakeTimeout)
+	if err := n.conn.SetDeadline(n.deadline); err != nil {
 		return nil, err
 	}
 	if err := n.greet(); err != nil {
@@ -134,6 +136,8 @@ func (n *negotiation) turn(ctx context.Context, option uint32, data []byte) (*ch
 		return n.exportName(string(data))
 	case wire.OptGo:
 		return n.enter(data)
+	case wire.OptListMetaContext, wire.OptSetMetaContext:
+		return nil, n.metaContext(ctx, option, data)
 	}
 	n.answer(option, data)
 	return nil, nil
@@ -245,8 +249,6 @@ func (n *negotiation) answer(option uint32, data []byte) {
 		}
 	case wire.OptStructuredReply, wire.OptExtendedHeaders:
 		n.upgrade(option, data)
-	case wire.OptListMetaContext, wire.OptSetMetaContext:
-		n.metaContext(option, data)
 	default:
 		n.fail(option, wire.RepErrUnsup, "unknown option")
 	}
@@ -382,22 +384,22 @@ func (n *negotiation) unknown(option uint32) {
 	n.fail(option, wire.RepErrUnknown, "no such export, or not for this client")
 }
 
-// metaContext lists or selects metadata contexts.
+// metaContext lists or selects metadata contexts. The error is that of consult.
 //
 // Source: NBD doc/proto.md, "NBD_OPT_LIST_META_CONTEXT", "NBD_OPT_SET_META_CONTEXT".
-func (n *negotiation) metaContext(option uint32, data []byte) {
+func (n *negotiation) metaContext(ctx context.Context, option uint32, data []byte) error {
 	if option == wire.OptSetMetaContext {
 		n.contextsOf, n.contexts = nil, nil // also when this request fails
 		if !n.structured {
 			n.fail(option, wire.RepErrInvalid, "structured replies come first")
-			return
+			return nil
 		}
 	}
 	d := wire.Decoder{P: data}
 	name, count := d.String(), d.Uint32()
 	if count > maxQueries {
 		n.fail(option, wire.RepErrTooBig, "too many queries")
-		return
+		return nil
 	}
 	var queries []string
 	for range count {
@@ -409,81 +411,114 @@ func (n *negotiation) metaContext(option uint32, data []byte) {
 	}
 	if !d.Complete() {
 		n.fail(option, wire.RepErrInvalid, "malformed request")
-		return
+		return nil
 	}
 	x := n.server.attach(n.who, name) // its contexts are looked at
 	if x == nil {
 		n.unknown(option)
-		return
+		return nil
 	}
-	defer x.users.Done()
-	if option == wire.OptSetMetaContext {
-		n.selectContexts(x, queries)
-	} else {
-		n.listContexts(x, queries)
+	look := x.selectContexts
+	if option == wire.OptListMetaContext {
+		look = x.listContexts
+	}
+	found, err := n.consult(ctx, x, func() []namedContext { return look(queries) })
+	switch {
+	case err != nil:
+		return err
+	case option == wire.OptSetMetaContext && len(found) > maxContexts:
+		n.fail(option, wire.RepErrTooBig, "too many contexts")
+		return nil
+	case option == wire.OptSetMetaContext:
+		n.contextsOf = x
+	}
+	for i, f := range found {
+		id := uint32(0) // is reserved, and what a list has
+		if option == wire.OptSetMetaContext {
+			id = uint32(i) + 1
+			n.contexts = append(n.contexts, selected{id, f.Context})
+		}
+		n.reply(option, wire.RepMetaContext, append(binary.BigEndian.AppendUint32(nil, id), f.name...))
+	}
+	n.reply(option, wire.RepAck, nil)
+	return nil
+}
+
+// consult returns what look finds in an attached export's contexts, and ends the
+// attachment. That counts as an operation of the disk. If it takes longer than the
+// handshake may, or than closingTime after ctx is done, it is left to itself, and
+// the error is ErrBusy.
+func (n *negotiation) consult(ctx context.Context, x *export, look func() []namedContext) ([]namedContext, error) {
+	ctx, cancel := context.WithDeadline(ctx, n.deadline)
+	defer cancel()
+	if err := x.slots.enter(ctx); err != nil {
+		x.users.Done()
+		return nil, err
+	}
+	found := make(chan []namedContext, 1)
+	idle := make(chan struct{})
+	go func() {
+		defer close(idle)
+		defer x.users.Done()
+		defer x.slots.leave()
+		found <- look()
+	}()
+	select {
+	case <-idle:
+		return <-found, nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-idle:
+		return nil, ctx.Err()
+	case <-time.After(closingTime):
+		return nil, x.abandon(idle)
 	}
 }
 
-// listContexts replies with the contexts that match any of the queries, all if
-// there is none. A query that ends in a colon matches every name that begins
-// so. Every id is 0, which is reserved.
-func (n *negotiation) listContexts(x *export, queries []string) {
+// namedContext is a metadata context with its name.
+type namedContext struct {
+	name string
+	Context
+}
+
+// listContexts returns the names of contexts that match any of the queries, all
+// if there is none. A query that ends in a colon matches every name that begins
+// so. Contexts that are not listed match none: to find out would be to open them.
+func (x *export) listContexts(queries []string) []namedContext {
 	names := []string{wire.BaseAllocation}
 	if x.Contexts != nil {
 		names = append(names, x.Contexts.List()...)
 	}
-	matches := names
-	if len(queries) > 0 {
-		matches = nil
+	var found []namedContext
+	matches := func(name string) bool {
+		return len(queries) == 0 || slices.ContainsFunc(queries, func(query string) bool {
+			return name == query || strings.HasSuffix(query, ":") && strings.HasPrefix(name, query)
+		})
 	}
-	for _, query := range queries {
-		if _, ok := x.context(query); ok {
-			matches = append(matches, query)
-		}
-		if strings.HasSuffix(query, ":") {
-			for _, name := range names {
-				if strings.HasPrefix(name, query) {
-					matches = append(matches, name)
-				}
-			}
+	for _, name := range names {
+		if matches(name) {
+			found = append(found, namedContext{name: name})
 		}
 	}
-	replied := map[string]bool{}
-	for _, name := range matches {
-		if !replied[name] {
-			n.replyContext(wire.OptListMetaContext, 0, name)
-		}
-		replied[name] = true
-	}
-	n.reply(wire.OptListMetaContext, wire.RepAck, nil)
+	return found
 }
 
-// selectContexts selects the contexts that are named by the queries, with ids
-// from 1 in the order of the queries. Names that are unknown are passed over.
-func (n *negotiation) selectContexts(x *export, queries []string) {
-	var names []string
-	var contexts []selected
+// selectContexts returns the contexts that are named by the queries, in the order of
+// the queries, and one more than maxContexts at most. Names that are unknown are
+// passed over.
+func (x *export) selectContexts(queries []string) []namedContext {
+	var found []namedContext
 	for _, query := range queries {
-		c, ok := x.context(query)
-		if !ok || slices.Contains(names, query) {
-			continue
+		known := slices.ContainsFunc(found, func(f namedContext) bool { return f.name == query })
+		if c, ok := x.context(query); ok && !known {
+			found = append(found, namedContext{query, c})
 		}
-		if len(contexts) == maxContexts {
-			n.fail(wire.OptSetMetaContext, wire.RepErrTooBig, "too many contexts")
-			return
+		if len(found) > maxContexts {
+			break
 		}
-		names = append(names, query)
-		contexts = append(contexts, selected{uint32(len(names)), c})
 	}
-	for i, name := range names {
-		n.replyContext(wire.OptSetMetaContext, contexts[i].id, name)
-	}
-	n.contextsOf, n.contexts = x, contexts
-	n.reply(wire.OptSetMetaContext, wire.RepAck, nil)
-}
-
-func (n *negotiation) replyContext(option, id uint32, name string) {
-	n.reply(option, wire.RepMetaContext, append(binary.BigEndian.AppendUint32(nil, id), name...))
+	return found
 }
 
 // context returns the metadata context of that name, which the caller's

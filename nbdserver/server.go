@@ -192,9 +192,9 @@ type Export struct {
 
 // Contexts are metadata contexts of a disk.
 type Contexts interface {
-	// List returns the names of all contexts, as NAMESPACE:LEAF.
+	// List returns the names of contexts, as NAMESPACE:LEAF, each once.
 	List() []string
-	// Open returns the context that a client asks for by name; the name need not
+	// Open returns the context that a client selects by name; the name need not
 	// be one of List's. False means that there is none.
 	Open(name string) (Context, bool)
 }
