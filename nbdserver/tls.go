@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -53,22 +54,29 @@ type TLS struct {
 	options TLSOptions
 	verify  bool // there is a ca-cert.pem
 
-	mu     sync.Mutex // guards what follows
-	stamps []stamp    // of the files when they were last read
-	config *tls.Config
+	mu        sync.Mutex // guards what follows
+	stamps    []stamp    // of the files whose content was last judged
+	config    *tls.Config
+	complaint string // why the files that are there now cannot be used, as it was logged
 }
 
-// stamp is what changes when a file is replaced.
+// stamp is what changes when a file is replaced, or when its content, owner or mode
+// is changed.
 type stamp struct {
-	size    int64
-	changed time.Time
-	info    os.FileInfo
+	size     int64
+	modified time.Time
+	changed  syscall.Timespec
+	info     os.FileInfo
 }
 
 func (s stamp) equal(o stamp) bool {
-	return s.size == o.size && s.changed.Equal(o.changed) && (s.info == nil) == (o.info == nil) &&
+	return s.size == o.size && s.modified.Equal(o.modified) && s.changed == o.changed && (s.info == nil) == (o.info == nil) &&
 		(s.info == nil || os.SameFile(s.info, o.info))
 }
+
+// errContent means that the files could be read, but not used: reading them again
+// is of no use before they change.
+var errContent = errors.New("unusable")
 
 // LoadTLS reads a folder with server-cert.pem (the server's certificate and
 // those between it and its root), server-key.pem and, to verify clients,
@@ -77,9 +85,6 @@ func (s stamp) equal(o stamp) bool {
 func LoadTLS(dir string, o TLSOptions) (*TLS, error) {
 	o.Log = cmp.Or(o.Log, slog.Default())
 	t := &TLS{dir: dir, options: o}
-	if _, err := os.Stat(filepath.Join(dir, crlFile)); !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("TLS folder %s: there is a %s, which this server cannot check", dir, crlFile)
-	}
 	_, err := os.Stat(filepath.Join(dir, caFile))
 	t.verify = !errors.Is(err, fs.ErrNotExist)
 	if o.ClientCertificates && !t.verify {
@@ -99,13 +104,16 @@ func (t *TLS) files() []string {
 	return names
 }
 
-// stat returns the stamps of the files, that of an absent one zero.
+// stat returns the stamps of the files and of crlFile, that of an absent one zero.
 func (t *TLS) stat() []stamp {
 	var stamps []stamp
-	for _, name := range t.files() {
+	for _, name := range append(t.files(), crlFile) {
 		var s stamp
 		if info, err := os.Stat(filepath.Join(t.dir, name)); err == nil {
-			s = stamp{info.Size(), info.ModTime(), info}
+			s = stamp{size: info.Size(), modified: info.ModTime(), info: info}
+			if st, ok := info.Sys().(*syscall.Stat_t); ok {
+				s.changed = st.Ctim
+			}
 		}
 		stamps = append(stamps, s)
 	}
@@ -113,13 +121,16 @@ func (t *TLS) stat() []stamp {
 }
 
 // load reads the files. The stamps are those from before, so that a change in
-// the meantime is noticed later.
+// the meantime is noticed later. The error is errContent unless they could not be read.
 func (t *TLS) load() ([]stamp, *tls.Config, error) {
 	stamps := t.stat()
+	if _, err := os.Lstat(filepath.Join(t.dir, crlFile)); !errors.Is(err, fs.ErrNotExist) {
+		return stamps, nil, fmt.Errorf("TLS folder %s: %w: there is a %s, which this server cannot check", t.dir, errContent, crlFile)
+	}
 	content := map[string][]byte{}
 	for i, name := range t.files() {
 		if stamps[i].size > maxPEM {
-			return stamps, nil, fmt.Errorf("TLS folder %s: %s has more than %d bytes", t.dir, name, maxPEM)
+			return stamps, nil, fmt.Errorf("TLS folder %s: %w: %s has more than %d bytes", t.dir, errContent, name, maxPEM)
 		}
 		p, err := os.ReadFile(filepath.Join(t.dir, name))
 		if err != nil {
@@ -129,7 +140,7 @@ func (t *TLS) load() ([]stamp, *tls.Config, error) {
 	}
 	pair, err := tls.X509KeyPair(content[certFile], content[keyFile]) // also: do they belong together?
 	if err != nil {
-		return stamps, nil, fmt.Errorf("TLS folder %s: %s and %s: %w", t.dir, certFile, keyFile, err)
+		return stamps, nil, fmt.Errorf("TLS folder %s: %w: %s and %s: %w", t.dir, errContent, certFile, keyFile, err)
 	}
 	c := &tls.Config{
 		Certificates:           []tls.Certificate{pair},
@@ -141,7 +152,7 @@ func (t *TLS) load() ([]stamp, *tls.Config, error) {
 	if t.verify {
 		roots := x509.NewCertPool()
 		if !roots.AppendCertsFromPEM(content[caFile]) {
-			return stamps, nil, fmt.Errorf("TLS folder %s: %s holds no certificate", t.dir, caFile)
+			return stamps, nil, fmt.Errorf("TLS folder %s: %w: %s holds no certificate", t.dir, errContent, caFile)
 		}
 		// Not ClientCAs: GnuTLS (QEMU, libvirt, libnbd) takes the names of authorities together
 		// with the signature algorithms that crypto/tls lists, and then keeps an RSA
@@ -178,12 +189,17 @@ func (t *TLS) current(ctx context.Context) *tls.Config {
 		return t.config
 	}
 	stamps, c, err := t.load()
-	t.stamps = stamps
+	if err == nil || errors.Is(err, errContent) {
+		t.stamps = stamps // else the next client has them read again
+	}
 	if err != nil {
-		t.options.Log.WarnContext(ctx, "new TLS certificates cannot be used, the old ones stay in use", slog.Any("error", err))
+		if t.complaint != err.Error() {
+			t.options.Log.WarnContext(ctx, "new TLS certificates cannot be used, the old ones stay in use", slog.Any("error", err))
+		}
+		t.complaint = err.Error()
 		return t.config
 	}
-	t.config = c
+	t.config, t.complaint = c, ""
 	t.options.Log.InfoContext(ctx, "TLS certificates read anew", slog.String("folder", t.dir))
 	return c
 }
@@ -194,6 +210,10 @@ const fingerprintPrefix = "sha256:"
 // certificate: the common name, the DNS names among its alternative names, and
 // "sha256:" with the SHA-256 of the certificate's DER form in lower-case
 // hexadecimal digits. Names that look like a fingerprint are left out.
+//
+// The constraints that an authority sets its subordinates bind DNS names, but not
+// common names: one that may issue certificates for a part of the names only can
+// write any common name. Where there are such authorities, name fingerprints.
 func Identities(c *x509.Certificate) []string {
 	sum := sha256.Sum256(c.Raw)
 	names := []string{fingerprintPrefix + hex.EncodeToString(sum[:])}

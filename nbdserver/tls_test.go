@@ -492,6 +492,58 @@ func TestTLSReload(t *testing.T) {
 	running.enterGo("disk")
 }
 
+// TestTLSReloadSeesContent: new certificates are noticed although the files have the
+// size, the time and the place of the old ones; not before a list of revoked
+// certificates is gone that could not be checked.
+func TestTLSReloadSeesContent(t *testing.T) {
+	t.Parallel()
+	a := newAuthority(t)
+	dir, _ := a.folder("server", "before")
+	even := func(from string) {
+		t.Helper()
+		for _, name := range []string{"server-cert.pem", "server-key.pem"} {
+			p, err := os.ReadFile(filepath.Join(from, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(dir, name)
+			p = append(p, bytes.Repeat([]byte{'\n'}, 4096-len(p))...)
+			if err := errors.Join(os.WriteFile(path, p, 0o600), os.Chtimes(path, time.Unix(1, 0), time.Unix(1, 0))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	even(dir)
+	var log syncBuffer
+	mode := loadTLS(t, dir, nbdserver.TLSOptions{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	socket := start(t, nbdserver.Options{TLS: mode}, testExport())
+	wantServed := func(when, want string) {
+		t.Helper()
+		c := dial(t, socket).enterFlags().encrypt(a.config(""))
+		defer c.Close()
+		if got := c.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Subject.CommonName; got != want {
+			t.Errorf("%s: got the certificate of %q, want %q", when, got, want)
+		}
+	}
+	wantServed("at first", "before")
+	revoked := filepath.Join(dir, "ca-crl.pem")
+	if err := os.WriteFile(revoked, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fresh, _ := a.folder("server", "after")
+	even(fresh)
+	for range 3 {
+		wantServed("with a list of revoked certificates", "before")
+	}
+	if got := strings.Count(log.String(), "ca-crl.pem"); got != 1 {
+		t.Errorf("got %d warnings, want 1:\n%s", got, log.String())
+	}
+	if err := os.Remove(revoked); err != nil {
+		t.Fatal(err)
+	}
+	wantServed("afterwards", "after")
+}
+
 // TestTLSClients has foreign clients prove who they are, also with the RSA
 // certificates that certtool makes.
 func TestTLSClients(t *testing.T) {
