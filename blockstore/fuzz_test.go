@@ -20,6 +20,7 @@ func (f bytesFile) Size() (int64, error)             { return f.Reader.Size(), n
 func (bytesFile) Sync() error                        { return errors.ErrUnsupported }
 func (bytesFile) Truncate(int64) error               { return errors.ErrUnsupported }
 func (bytesFile) DropCache() error                   { return errors.ErrUnsupported }
+func (bytesFile) NextHole(int64) (int64, error)      { return 0, errors.ErrUnsupported }
 func (bytesFile) PunchHole(int64, int64) error       { return errors.ErrUnsupported }
 
 // goldenBytes returns what a golden file dumps.

@@ -41,6 +41,10 @@ type File interface {
 	// The file keeps its length. Where the file system cannot do it, the error
 	// is [errors.ErrUnsupported] and nothing has changed.
 	PunchHole(off, length int64) error
+	// NextHole returns the offset of the first byte at or after off that the file
+	// system keeps no room for, and the file's length if there is none before.
+	// Where the file system cannot tell, there is none.
+	NextHole(off int64) (int64, error)
 	// DropCache makes reads from now on see what the disk holds, after a Sync
 	// that succeeded. Bytes that an earlier Sync failed to write can be read
 	// until then, and are not written any more.
@@ -97,6 +101,20 @@ func (f osFile) PunchHole(off, length int64) error {
 	return f.call("punch hole", func(fd int) error {
 		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
 	})
+}
+
+// Source: lseek(2), "Seeking file data and holes": the end of the file is a hole, and
+// to begin there is ENXIO.
+func (f osFile) NextHole(off int64) (hole int64, err error) {
+	size, err := f.Size()
+	if err != nil || off >= size {
+		return size, err
+	}
+	err = f.call("seek hole", func(fd int) error {
+		hole, err = unix.Seek(fd, off, unix.SEEK_HOLE)
+		return err
+	})
+	return hole, err
 }
 
 // Source: posix_fadvise(2): clean pages are dropped, and those that could not be

@@ -132,6 +132,18 @@ func (h *file) Sync() error {
 	return nil
 }
 
+func (h *file) NextHole(off int64) (int64, error) {
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	if h.closed {
+		return 0, os.ErrClosed
+	}
+	for off < h.node.length && h.node.has(off/sectorSize) {
+		off = (off/sectorSize + 1) * sectorSize
+	}
+	return min(off, h.node.length), nil
+}
+
 func (h *file) DropCache() error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()

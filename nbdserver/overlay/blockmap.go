@@ -148,6 +148,21 @@ func (m *blockMap) survey(first, end int64) (v survey, err error) {
 	return v, nil
 }
 
+// newPage returns a page with the states that the blocks of a uniform one have.
+func (m *blockMap) newPage(i int64) *page {
+	p := &page{}
+	if m.table[i] == m.allZero {
+		p.set(0, min(pageStates, m.blocks-i*pageStates), zero)
+	}
+	return p
+}
+
+// give puts a page of newPage in its place.
+func (m *blockMap) give(i int64, p *page) {
+	m.table[i] = p
+	m.dirtyDir[i/pageStates] = true
+}
+
 // set gives the blocks [first, end) a state. The range has no bad sectors.
 func (m *blockMap) set(first, end int64, s state) {
 	for first < end {
@@ -162,12 +177,7 @@ func (m *blockMap) set(first, end int64, s state) {
 			continue
 		}
 		if m.uniform(i) {
-			p := &page{}
-			if m.table[i] == m.allZero {
-				p.set(0, min(pageStates, m.blocks-i*pageStates), zero)
-			}
-			m.table[i] = p
-			m.dirtyDir[i/pageStates] = true
+			m.give(i, m.newPage(i))
 		}
 		p := m.table[i]
 		p.set(from, to, s)
@@ -194,6 +204,7 @@ func (m *blockMap) count() (n int64) {
 
 // dirtyPage is a page of the map or of the directory to be written.
 type dirtyPage struct {
+	i   int64 // of the map or of the directory
 	off int64 // in the file
 	states
 	bad uint8
@@ -206,7 +217,7 @@ func (m *blockMap) takeDirty() (pages, dir []dirtyPage) {
 	for _, i := range m.dirtyPages {
 		if p := m.table[i]; !m.uniform(i) && p.dirty {
 			p.dirty = false
-			pages = append(pages, dirtyPage{m.mapPage(i), p.states, p.bad})
+			pages = append(pages, dirtyPage{i, m.mapPage(i), p.states, p.bad})
 		}
 	}
 	m.dirtyPages = nil
@@ -215,6 +226,19 @@ func (m *blockMap) takeDirty() (pages, dir []dirtyPage) {
 	}
 	clear(m.dirtyDir)
 	return pages, dir
+}
+
+// putBack undoes takeDirty, for pages that found no room.
+func (m *blockMap) putBack(pages, dir []dirtyPage) {
+	for _, d := range pages {
+		if p := m.table[d.i]; !m.uniform(d.i) && !p.dirty {
+			p.dirty = true
+			m.dirtyPages = append(m.dirtyPages, d.i)
+		}
+	}
+	for _, d := range dir {
+		m.dirtyDir[d.i] = true
+	}
 }
 
 func (m *blockMap) dirPageStates(k int64) dirtyPage {
@@ -231,5 +255,5 @@ func (m *blockMap) dirPageStates(k int64) dirtyPage {
 			d.set(i-first, i-first+1, data)
 		}
 	}
-	return dirtyPage{m.dirPage(k), d.states, d.bad}
+	return dirtyPage{k, m.dirPage(k), d.states, d.bad}
 }

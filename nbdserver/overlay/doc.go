@@ -83,11 +83,13 @@
 //
 // A change of the map is, in this order:
 //
-//  1. data are written,
-//  2. the change is logged and made in memory, under one lock,
-//  3. the room of blocks that became zero is given back.
+//  1. pages of the map that it needs first are written, as they were before it,
+//  2. data are written,
+//  3. the change is logged and made in memory, under one lock,
+//  4. the room of blocks that became zero is given back.
 //
-// The log is written without a sync: it is for the page cache, which outlives the
+// So the room for the map is there, or the change fails with [syscall.ENOSPC]. The log is
+// written without a sync: it is for the page cache, which outlives the
 // process. Nobody relies on a change that is not logged. A change that cannot be logged
 // is not made; if the log is full, or finds no room, a Sync empties it first.
 //
@@ -99,7 +101,13 @@
 //  4. write and sync the map pages: sectors of them may be found old or new,
 //  5. write and sync the directory pages that changed: a page that they begin to
 //     refer to is on disk,
-//  6. empty the log; if it has grown meanwhile, clear the mark and leave it.
+//  6. empty the log and sync that; if it has grown meanwhile, clear the mark, leave and
+//     sync it: a log of before cannot come back, which would undo what is durable.
+//
+// A write or truncation of these that finds no room (the file system is full, and writes
+// anew what is written again) ends the Sync with ENOSPC. Nothing is lost, the log stays,
+// and a later Sync does all of it. Lack of room in a sync is another matter: bytes may have
+// been dropped.
 //
 // Steps without changes are left out; without any Sync costs nothing. Syncs that
 // wait for one another share the next.
@@ -120,44 +128,60 @@
 //     writes whole. States of blocks do not depend on each other, so any mixture of
 //     old and new sectors is right.
 //
-// Open believes a log of this overlay and this boot. If it has the mark, a Sync may have
+// Open believes a log of this overlay and this boot, if the file has data wherever the log
+// says so. It syncs the file first. A hole that the log calls data means that the page
+// cache was lost with the process: the file system was shut down after an error, or its
+// device went away, and it was mounted anew. The log is then emptied, which Options.Log hears
+// of: the overlay is as after a loss of power.
+//
+// If the log has the mark, a Sync may have
 // failed without anyone having heard of it, and the data be in the page cache alone: Open
-// writes what the log calls data again, as it is read. Then it syncs the file and
-// its folder, drops the file from the page cache, reads the map, makes the logged
-// changes in it, and syncs that. What an opened overlay shows is durable. If the first
-// of these syncs fails, Open does, and the log is emptied: the next Open finds the
+// writes what the log calls data again, as it is read, and syncs. Then it syncs
+// the folder, drops the file from the page cache, reads the map, makes the logged
+// changes in it, and syncs that. What an opened overlay shows is durable. If a sync of
+// the file before fails, Open does, and the log is emptied: the next Open finds the
 // overlay as after a loss of power. A log of another boot is ignored: what it calls data
-// may not have reached the disk. Where the kernel does not tell its boot, nothing
-// is logged and a kill is as a loss of power.
+// may not have reached the disk. If the kernel does not tell its boot, Open fails.
 //
 // What this does not cover:
 //
 //   - If the machine of the server loses power and a guest on another one lives on, writes
 //     that it did not flush are lost and it is not told, as with a disk whose
 //     cache lost its power. Such a guest is to be reset.
-//   - If the file system of a killed process loses what was not synced without a
-//     reboot (its device is gone, it is mounted anew), the log is believed wrongly. It
-//     is to be removed before the overlay is opened. So it is when an older copy of
-//     the file takes its place.
+//   - If a file system loses what was not synced without a reboot, of blocks that were data
+//     before any of the contents since the last Sync is found, and nobody is told. A block
+//     that is new to the log, and not in a hole either, is not noticed: on a file system
+//     that cannot punch holes it may be what it was before it became zero, on one
+//     that gives new files old blocks (ext4 with data=writeback) anything.
+//   - A file system that makes holes of zeros that are written (ZFS with compression)
+//     makes a kill as a loss of power, if it has done so to a block of the log.
+//   - If a sync of the file fails in the very moment in which the process is killed, so that
+//     the kernel told the error to nobody, overwrites of blocks that were data before
+//     the last Sync may be lost: the log does not name them, and the client's next flush
+//     succeeds. What the log names is written again.
+//   - If an older copy of the file takes its place, the log is to be removed.
 //   - A move of the file without its log, after a kill, is as a loss of power.
 //
-// A Sync that fails, and a log that cannot be written but for lack of room, make the
+// A Sync that fails, and a log that cannot be written, both but for lack of room, make the
 // overlay failed: this and all later writes and Syncs fail with [syscall.EIO];
-// reads go on. The log is emptied. It has to be opened again, and is then as after
-// a loss of power. Bytes of the map that rot are found by their checksum: a
+// reads go on. The log is emptied; if that fails too, the error names it. The overlay has to
+// be opened again, and is then as after a loss of power.
+//
+// Bytes of the map that rot are found by their checksum: a
 // sector of the map makes its 7.75 MiB fail with [image.ErrCorrupt], one of the
 // directory 1984 pages, the header the whole. They do not fall back to an older
-// copy, which would be wrong bytes. Rot of the data is not found.
+// copy, which would be wrong bytes. Map, directory or header that cannot be read at all
+// make Open fail. Rot of the data is not found.
 //
 // # Concurrency
 //
 // The methods of an Overlay may be called from many goroutines at once, but for
 // Close, which must be the last. No lock is held during I/O but one on the range of
-// blocks that a call is about to change the state of, and the log's while a record is
-// written. Else a call waits only for those that came before it to overlapping ranges, or
+// blocks that a call is about to change the state of, the log's while a record is
+// written, and that on new pages of the map, once in 62 MiB of the disk. Else a call waits only for those that came before it to overlapping ranges, or
 // for the Sync that empties a full log; a write into blocks that are data already
-// waits for none. Order of locks: a range, the room, the syncing one, the log, the
-// map.
+// waits for none. Order of locks: a range, then one of the room, the new
+// pages, and the syncing one; the log; the map.
 //
 // # Limits
 //

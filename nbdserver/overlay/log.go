@@ -52,7 +52,6 @@ type changeLog struct {
 	path     string
 	limit    int64 // of the file, in bytes
 	id, boot [16]byte
-	off      bool // the boot is not known: nothing is logged, nothing is believed
 
 	mu   sync.Mutex   // held while a record is written
 	file durable.File // nil until the first record
@@ -68,10 +67,8 @@ type changeLog struct {
 func (l *changeLog) add(first, end int64, s state, apply func()) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.off {
-		if err := l.writeLocked(first, end, s); err != nil {
-			return err
-		}
+	if err := l.writeLocked(first, end, s); err != nil {
+		return err
 	}
 	apply()
 	return nil
@@ -114,14 +111,18 @@ func (l *changeLog) begin() (covered int64, err error) {
 }
 
 // done is called when the Sync has succeeded. A log to which more was added is kept
-// whole: the last record of a block is right.
+// whole: the last record of a block is right. It is synced: were the file system to fail
+// and forget the end of the log, the rest would undo what this Sync made durable.
 func (l *changeLog) done(covered int64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.end > covered {
-		return l.markLocked(0)
+	if l.end == covered {
+		return l.emptyLocked()
 	}
-	return l.emptyLocked()
+	if err := l.markLocked(0); err != nil {
+		return err
+	}
+	return syncFile(l.file)
 }
 
 func (l *changeLog) markLocked(mark byte) error {
@@ -140,7 +141,7 @@ func (l *changeLog) emptyLocked() error {
 		return err
 	}
 	l.end = 0
-	return nil
+	return syncFile(l.file)
 }
 
 // empty reports whether the log holds no record.
@@ -152,13 +153,18 @@ func (l *changeLog) empty() bool {
 
 // kill empties the log, for what it says of the data is not believed any more, and
 // lets nothing be added.
-func (l *changeLog) kill() {
+func (l *changeLog) kill() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.dead = true
-	if l.file != nil {
-		_ = l.file.Truncate(0) // if that fails, its mark tells
+	if l.file == nil {
+		return nil
 	}
+	if err := errors.Join(l.file.Truncate(0), l.file.Sync()); err != nil {
+		// If the file system goes on, the mark tells.
+		return fmt.Errorf("%s could not be emptied and tells of data that may be lost; if the file system has failed, remove it before the overlay is opened: %w", l.path, err)
+	}
+	return nil
 }
 
 func (l *changeLog) close() error {
@@ -189,9 +195,7 @@ func (l *changeLog) recover(to layout) (logged *blockMap, marked bool, err error
 		return nil, false, err
 	}
 	l.end = size
-	if !l.off {
-		logged, marked = decodeLog(b, l.id, l.boot, to)
-	}
+	logged, marked = decodeLog(b, l.id, l.boot, to)
 	if logged == nil {
 		return nil, false, l.emptyLocked()
 	}
@@ -298,23 +302,60 @@ func (m *blockMap) setGood(first, end int64, s state) {
 }
 
 // settle makes what processes before left in the page cache durable, logged data
-// among it, or returns an error. What it could not write is not seen from then on.
-func settle(f durable.File, l *changeLog, logged *blockMap, marked bool) error {
+// among it, or returns an error. What it could not write is not seen from then on. It empties a
+// log that is not to be trusted, as data of which it tells are not there.
+func settle(f durable.File, disk int64, l *changeLog, logged *blockMap, marked bool) (trusted bool, err error) {
 	if logged != nil {
 		if _, err := l.begin(); err != nil {
-			return err
+			return false, err
 		}
 	}
-	var err error
-	if marked {
-		err = writeAgain(f, logged)
+	if trusted, err = restore(f, disk, logged, marked); err != nil {
+		// The log tells of data that may be lost.
+		return false, errors.Join(err, l.kill())
 	}
-	if err == nil {
-		err = f.Sync()
+	if !trusted {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if err := l.emptyLocked(); err != nil {
+			return false, err
+		}
 	}
-	if err != nil {
-		l.kill() // it tells of data that may be lost
-		return err
+	return trusted, f.DropCache()
+}
+
+// restore syncs the file of a disk of a size and reports whether the logged data are all there.
+func restore(f durable.File, disk int64, logged *blockMap, marked bool) (trusted bool, err error) {
+	// What waits for its place on disk gets it, lest it count as a hole.
+	if err := syncFile(f); err != nil || logged == nil {
+		return false, err
 	}
-	return f.DropCache()
+	if trusted, err = allThere(f, logged, disk); err != nil || !trusted || !marked {
+		return trusted, err
+	}
+	if err := writeAgain(f, logged); err != nil {
+		return false, err
+	}
+	return true, syncFile(f)
+}
+
+// allThere reports whether a file has data wherever the log says so. Where it has a hole
+// instead, data were written that never reached the disk, and the page cache has lost them:
+// the file system was shut down after an error, or its device was taken away.
+func allThere(f durable.File, logged *blockMap, disk int64) (bool, error) {
+	end := logged.block(0) + disk // which may be inside the last block
+	for b := int64(0); b < logged.blocks; {
+		s, n, err := logged.run(b, logged.blocks)
+		if err != nil {
+			return false, err
+		}
+		if s == data {
+			hole, err := f.NextHole(logged.block(b))
+			if err != nil || hole < min(logged.block(b+n), end) {
+				return false, err
+			}
+		}
+		b += n
+	}
+	return true, nil
 }

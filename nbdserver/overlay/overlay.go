@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -27,7 +28,7 @@ type Options struct {
 	FS durable.FS
 	// Limit is how many bytes of data the file may hold. It is kept in the
 	// file. For Create 0 is no limit; for Open 0 is the one that is kept,
-	// and any other value takes its place.
+	// and any other value takes its place. Negative ones but NoLimit are an error.
 	Limit int64
 	// Reserve is how many bytes of the file system new data leaves free, so
 	// that the map always finds room. 0 is 1 % of it, at most 256 MiB.
@@ -35,6 +36,9 @@ type Options struct {
 	// Meta is kept in the file by Create, up to MaxMeta bytes, and returned by
 	// Stat.
 	Meta []byte
+	// Log hears of changes that were answered and turn out to be lost. Default
+	// slog.Default().
+	Log *slog.Logger
 
 	random   io.Reader                // of the id; nil is crypto/rand
 	boot     func() ([16]byte, error) // the id of this boot of the machine; nil is readBoot
@@ -45,6 +49,7 @@ func (o Options) withDefaults(path string) (Options, error) {
 	if o.FS == nil {
 		o.FS = durable.OS()
 	}
+	o.Log = cmp.Or(o.Log, slog.Default())
 	if o.random == nil {
 		o.random = rand.Reader
 	}
@@ -81,10 +86,11 @@ type Overlay struct {
 	room  room
 	used  atomic.Int64 // bytes of data blocks, and of those about to be
 
-	mu        sync.RWMutex // not held during I/O
-	blocks    *blockMap    // guarded by mu
-	noHoles   atomic.Bool  // the file system cannot punch holes
-	failed    atomic.Bool  // a Sync has failed, or the log
+	mu        sync.RWMutex           // not held during I/O
+	blocks    *blockMap              // guarded by mu
+	noHoles   atomic.Bool            // the file system cannot punch holes
+	failed    atomic.Pointer[string] // why a Sync or a change failed; nil if none did
+	making    sync.Mutex             // held while a page of the map is made
 	changes   atomic.Uint64
 	syncing   sync.Mutex    // held by the one that syncs
 	synced    atomic.Uint64 // those of changes that are durable
@@ -198,8 +204,11 @@ func open(f durable.File, path string, disk image.Disk, o Options) (_ *Overlay, 
 	if h.size != disk.Size() {
 		return nil, fmt.Errorf("an overlay of %d bytes over a disk of %d", h.size, disk.Size())
 	}
-	boot, bootErr := o.boot()
-	log := &changeLog{fs: o.FS, path: path + logSuffix, limit: o.logLimit, id: h.id, boot: boot, off: bootErr != nil}
+	boot, err := o.boot()
+	if err != nil {
+		return nil, err
+	}
+	log := &changeLog{fs: o.FS, path: path + logSuffix, limit: o.logLimit, id: h.id, boot: boot}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, log.close())
@@ -211,8 +220,14 @@ func open(f durable.File, path string, disk image.Disk, o Options) (_ *Overlay, 
 	}
 	// What a killed process wrote may be in the page cache alone, and the name
 	// too. What it failed to sync may still be there, and never be written.
-	if err := settle(f, log, logged, marked); err != nil {
+	trusted, err := settle(f, h.size, log, logged, marked)
+	if err != nil {
 		return nil, err
+	}
+	if logged != nil && !trusted {
+		logged = nil
+		o.Log.Error("the file system of an overlay has lost data: all that was written since the last flush is lost; its guest is to be reset",
+			slog.String("overlay", path))
 	}
 	if err := o.FS.SyncDir(filepath.Dir(path)); err != nil {
 		return nil, err
@@ -267,8 +282,8 @@ func readHeader(f durable.File) (*header, error) {
 	return h, nil
 }
 
-// load reads the header and the map. A sector of the map that cannot be used is
-// none of its errors.
+// load reads the header and the map. A sector of the map whose checksum is wrong is
+// none of its errors; one that cannot be read is.
 func load(f durable.File) (*header, *blockMap, error) {
 	h, err := readHeader(f)
 	if err != nil {
@@ -359,6 +374,15 @@ func (o *Overlay) Size() int64 { return o.header.size }
 
 // Used returns how many bytes of data the file holds, a multiple of 4096.
 func (o *Overlay) Used() int64 { return o.used.Load() }
+
+// Empty reports whether nothing was written, zeroed or trimmed since the overlay was made:
+// it reads as its base. It does no I/O.
+func (o *Overlay) Empty() bool {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	s, n, err := o.blocks.run(0, o.layout.blocks)
+	return err == nil && s == base && n == o.layout.blocks
+}
 
 // run is that of the map, in bytes: what the disk holds from off on, up to end.
 func (o *Overlay) run(off, end int64) (state, int64, error) {

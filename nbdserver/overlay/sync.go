@@ -1,12 +1,14 @@
 package overlay
 
 import (
+	"errors"
 	"fmt"
 	"syscall"
 )
 
-// Sync implements [image.Writer]. Any error is [syscall.EIO] and makes the overlay
-// failed.
+// Sync implements [image.Writer]. It fails with [syscall.ENOSPC] if a page of the map
+// or the log finds no room: nothing is lost, and a later Sync may succeed. Any other error is
+// [syscall.EIO] and makes the overlay failed.
 func (o *Overlay) Sync() error {
 	want := o.changes.Load()
 	if err := o.failure(); err != nil || o.synced.Load() >= want {
@@ -21,8 +23,10 @@ func (o *Overlay) Sync() error {
 	}
 	now := o.changes.Load()
 	if err := o.flush(); err != nil {
-		o.fail()
-		return fmt.Errorf("sync overlay %s: %w: %s", o.path, syscall.EIO, err.Error())
+		if !errors.Is(err, syscall.ENOSPC) {
+			err = o.fail("sync", err)
+		}
+		return fmt.Errorf("sync overlay %s: %w", o.path, err)
 	}
 	o.synced.Store(now)
 	return nil
@@ -30,6 +34,7 @@ func (o *Overlay) Sync() error {
 
 // flush makes all changes so far durable. Stopped anywhere, it leaves the file as
 // before or with some of the changes: each step relies on the ones before alone.
+// ENOSPC is of a write that found no room, and all can be done again.
 func (o *Overlay) flush() error {
 	logged, err := o.log.begin()
 	if err != nil {
@@ -39,15 +44,19 @@ func (o *Overlay) flush() error {
 	pages, dir := o.blocks.takeDirty()
 	o.mu.Unlock()
 	// The data that the pages refer to were written before they were taken.
-	if err := o.file.Sync(); err != nil {
+	if err := syncFile(o.file); err != nil {
 		return err
 	}
-	if err := o.flushPages(pages); err != nil {
-		return err
+	err = o.flushPages(pages)
+	if err == nil {
+		// A page that the directory begins to refer to is on disk whole; it may be
+		// long ago that it last had a meaning, with other states.
+		err = o.flushPages(dir)
 	}
-	// A page that the directory begins to refer to is on disk whole; it may be
-	// long ago that it last had a meaning, with other states.
-	if err := o.flushPages(dir); err != nil {
+	if err != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.blocks.putBack(pages, dir)
 		return err
 	}
 	return o.log.done(logged) // all that was logged before the map was looked at is durable
@@ -60,9 +69,23 @@ func (o *Overlay) flushPages(pages []dirtyPage) error {
 		return nil
 	}
 	for _, p := range pages {
-		if _, err := o.file.WriteAt(encodePage(&p.states, p.bad, o.header.id, p.off), p.off); err != nil {
+		if err := o.writePage(p); err != nil {
 			return err
 		}
 	}
-	return o.file.Sync()
+	return syncFile(o.file)
+}
+
+func (o *Overlay) writePage(p dirtyPage) error {
+	_, err := o.file.WriteAt(encodePage(&p.states, p.bad, o.header.id, p.off), p.off)
+	return err
+}
+
+// syncFile is the file's Sync. It may have dropped bytes when it fails, also for lack of
+// room: no error of it is ENOSPC.
+func syncFile(f interface{ Sync() error }) error {
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("%w: %s", syscall.EIO, err.Error())
+	}
+	return nil
 }

@@ -25,9 +25,8 @@ type room struct {
 // overlays among them.
 const maxCredit = 16 << 20
 
-// take takes n bytes, or fails with [syscall.ENOSPC]. pending are bytes that
-// are going to be taken from the reserve.
-func (r *room) take(n, pending int64) error {
+// take takes n bytes, or fails with [syscall.ENOSPC].
+func (r *room) take(n int64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n <= r.credit {
@@ -38,7 +37,7 @@ func (r *room) take(n, pending int64) error {
 	if err != nil {
 		return err
 	}
-	left := free - r.reserve - pending - n
+	left := free - r.reserve - n
 	if left < 0 {
 		r.credit = 0
 		return fmt.Errorf("%w: %d bytes are free, of which %d are kept", syscall.ENOSPC, free, r.reserve)
@@ -56,8 +55,8 @@ func (o *Overlay) check(off, length int64) error {
 }
 
 func (o *Overlay) failure() error {
-	if o.failed.Load() {
-		return fmt.Errorf("overlay %s: %w: an earlier sync or its log failed; it has to be opened again", o.path, syscall.EIO)
+	if why := o.failed.Load(); why != nil {
+		return fmt.Errorf("overlay %s: %w: an earlier %s; it has to be opened again", o.path, syscall.EIO, *why)
 	}
 	return nil
 }
@@ -92,15 +91,19 @@ func (o *Overlay) writeNew(p []byte, off int64) error {
 	defer o.locks.unlock(held)
 	o.mu.RLock()
 	v, err := o.blocks.survey(first, end)
-	pending := int64(len(o.blocks.dirtyPages)) * pageSize
 	o.mu.RUnlock()
 	if err != nil {
 		return err
 	}
-	if err := o.take(v, pending); err != nil {
+	if err := o.take(v); err != nil {
 		return err
 	}
-	err = o.writeBlocks(p, off, v)
+	if v.pages > 0 {
+		err = o.makePages(first, end)
+	}
+	if err == nil {
+		err = o.writeBlocks(p, off, v)
+	}
 	if err == nil {
 		// All of the blocks is in the file now; from here on they are read from it.
 		err = o.setState(first, end, data)
@@ -113,19 +116,44 @@ func (o *Overlay) writeNew(p []byte, off int64) error {
 }
 
 // take takes the room that a write needs.
-func (o *Overlay) take(v survey, pending int64) error {
+func (o *Overlay) take(v survey) error {
 	n := v.fresh * blockSize
 	used := o.used.Add(n)
 	var err error
 	if o.limit > 0 && n > 0 && used > o.limit {
 		err = fmt.Errorf("%w: the overlay's limit is %d bytes", syscall.ENOSPC, o.limit)
 	} else {
-		err = o.room.take(n+v.pages*pageSize+logRecord, pending)
+		err = o.room.take(n + v.pages*pageSize + logRecord)
 	}
 	if err != nil {
 		o.used.Add(-n)
 	}
 	return err
+}
+
+// makePages makes the pages of the map that a range of blocks needs, and writes them:
+// that there is room is known before a change is answered, not at the next Sync. A page
+// that is not durable may be written at any time. Either no directory on disk refers to
+// it, or that does not have its latest change, to zero, which is what is written.
+func (o *Overlay) makePages(first, end int64) error {
+	o.making.Lock() // one page is written once, and not after it was changed
+	defer o.making.Unlock()
+	for i := first / pageStates; i*pageStates < end; i++ {
+		o.mu.RLock()
+		p := o.blocks.newPage(i)
+		made := !o.blocks.uniform(i)
+		o.mu.RUnlock()
+		if made {
+			continue
+		}
+		if err := o.writePage(dirtyPage{i, o.layout.mapPage(i), p.states, 0}); err != nil {
+			return err
+		}
+		o.mu.Lock()
+		o.blocks.give(i, p)
+		o.mu.Unlock()
+	}
+	return nil
 }
 
 // writeBlocks writes p and what of its first and last block was not data.
@@ -172,7 +200,7 @@ func (o *Overlay) writeAround(p []byte, off int64, s state) (int, error) {
 // giveBack gives back what a failed write took for blocks that did not become
 // data. Their range is locked.
 func (o *Overlay) giveBack(first, end int64) {
-	if o.failed.Load() {
+	if o.failed.Load() != nil {
 		return // a log that could not be emptied may tell of them
 	}
 	for first < end {
@@ -298,13 +326,16 @@ func (o *Overlay) zeroRange(first, end int64) error {
 	o.mu.RLock()
 	v, err := o.blocks.survey(first, end)
 	s, n, _ := o.blocks.run(first, end)
-	pending := int64(len(o.blocks.dirtyPages)) * pageSize
 	o.mu.RUnlock()
 	if err != nil || s == zero && n == end-first {
 		return err
 	}
-	if whole := first%pageStates == 0 && (end%pageStates == 0 || end == o.layout.blocks); !whole {
-		if err := o.room.take(v.pages*pageSize, pending); err != nil {
+	whole := first%pageStates == 0 && (end%pageStates == 0 || end == o.layout.blocks)
+	if !whole && v.pages > 0 {
+		if err := o.room.take(v.pages * pageSize); err != nil {
+			return err
+		}
+		if err := o.makePages(first, end); err != nil {
 			return err
 		}
 	}
@@ -339,8 +370,7 @@ func (o *Overlay) setState(first, end int64, s state) error {
 		case err == nil || noSpace && o.log.empty():
 			return err
 		case !noSpace && !errors.Is(err, errLogFull):
-			o.fail()
-			return fmt.Errorf("%w: log: %s", syscall.EIO, err.Error())
+			return o.fail("change", err)
 		}
 		// A Sync empties the log. If others have filled it again, they got on.
 		if err := o.Sync(); err != nil {
@@ -349,10 +379,14 @@ func (o *Overlay) setState(first, end int64, s state) error {
 	}
 }
 
-// fail makes the overlay failed.
-func (o *Overlay) fail() {
-	o.failed.Store(true)
-	o.log.kill()
+// fail makes the overlay failed, and returns an EIO that says why.
+func (o *Overlay) fail(op string, err error) error {
+	why := fmt.Sprintf("%s failed: %s", op, err.Error())
+	if err := o.log.kill(); err != nil {
+		why += "; " + err.Error()
+	}
+	o.failed.CompareAndSwap(nil, &why)
+	return fmt.Errorf("%w: %s", syscall.EIO, why)
 }
 
 // dataRuns returns the runs of blocks that are data, in blocks. Their range is locked
