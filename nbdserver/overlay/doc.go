@@ -178,7 +178,8 @@
 // The methods of an Overlay may be called from many goroutines at once, but for
 // Close, which must be the last. No lock is held during I/O but one on the range of
 // blocks that a call is about to change the state of, the log's while a record is
-// written, and that on new pages of the map, once in 62 MiB of the disk. Else a call waits only for those that came before it to overlapping ranges, or
+// written, and that on new pages of the map, once in 62 MiB of the disk. Else a call
+// waits only for those that came before it to overlapping ranges, or
 // for the Sync that empties a full log; a write into blocks that are data already
 // waits for none. Order of locks: a range, then one of the room, the new
 // pages, and the syncing one; the log; the map.
