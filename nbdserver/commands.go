@@ -19,6 +19,9 @@ const (
 	smallRead = 16 << 10
 	// minHole is the shortest hole inside a read that gets a chunk of its own.
 	minHole = 4 << 10
+	// maxLogged is how many errors of a disk, and how many of its map, are logged
+	// one by one for a connection.
+	maxLogged = 10
 )
 
 // problem is why a request fails: what the client is told.
@@ -46,15 +49,16 @@ var (
 	problemOverflow = &problem{wire.EOVERFLOW, problemTooLong.message}
 )
 
-// problemOf translates a disk's error.
-func problemOf(err error) *problem {
+// problemOf translates the error of a disk that executed j. That something is not
+// permitted is an answer to changes only.
+func problemOf(j job, err error) *problem {
 	for _, e := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
 		if errors.Is(err, e) {
 			return problemFull
 		}
 	}
 	for _, e := range []error{syscall.EPERM, syscall.EROFS} {
-		if errors.Is(err, e) {
+		if j.changes() && errors.Is(err, e) {
 			return problemDenied
 		}
 	}
@@ -185,14 +189,14 @@ func (c *conn) note(took time.Duration, length int64) {
 }
 
 // problem translates what execute returned, and logs the first error of a
-// request.
+// request, within limits.
 func (c *conn) problem(ctx context.Context, j job, err error) *problem {
 	if err == nil {
 		return nil
 	}
-	p := problemOf(err)
+	p := problemOf(j, err)
 	first := j.parts == nil || j.parts.problem.CompareAndSwap(nil, p)
-	if first && ctx.Err() == nil {
+	if first && ctx.Err() == nil && c.diskErrors.Add(1) <= maxLogged {
 		c.log.ErrorContext(ctx, "cannot use an export's disk", slog.Int("command", int(j.Command)), slog.Uint64("offset", j.Offset),
 			slog.Uint64("length", j.Length), slog.Any("error", err))
 	}
@@ -363,7 +367,9 @@ func (c *conn) runs(ctx context.Context, whole image.Extent) []image.Extent {
 			break // nobody is there to receive what is read
 		}
 		if err != nil {
-			c.log.WarnContext(ctx, "cannot read the map of an export's disk", slog.Int64("offset", pos), slog.Any("error", err))
+			if c.mapErrors.Add(1) <= maxLogged {
+				c.log.WarnContext(ctx, "cannot read the map of an export's disk", slog.Int64("offset", pos), slog.Any("error", err))
+			}
 			break
 		}
 		start, end := max(e.Off, pos), min(e.End(), whole.End())

@@ -54,6 +54,9 @@ type conn struct {
 	quietSince time.Time // while the connection drains
 	sentBefore int64     // replies sent, when that was last looked at
 
+	diskErrors atomic.Int64 // those that were or would have been logged
+	mapErrors  atomic.Int64
+
 	draining atomic.Bool
 	inline   atomic.Int64 // requests that the reader executes, or one who was that
 	quick    atomic.Int64 // score of the disk's latest answers to small requests, up to bestScore
@@ -141,7 +144,12 @@ func (c *conn) serve(ctx context.Context) error {
 	err := <-read
 	c.relief.timer.Stop()
 	last()
-	return c.end(working, err)
+	err = c.end(working, err)
+	if disk, maps := c.diskErrors.Load(), c.mapErrors.Load(); max(disk, maps) > maxLogged {
+		c.log.WarnContext(ctx, "an export's disk had more errors than were logged",
+			slog.Int64("requests", disk), slog.Int64("maps", maps))
+	}
+	return err
 }
 
 // end waits for what is being executed, until closingTime after ctx is done.
@@ -200,6 +208,25 @@ func (c *conn) flush() {
 		c.out.flush(false)
 		c.held = false
 	}
+}
+
+// rest is flush by a reader that perhaps has to wait for others before it reads
+// again: the connection is not busy meanwhile.
+func (c *conn) rest() {
+	c.flush()
+	if c.socket != nil {
+		c.socket.run = 0
+		c.socket.park() // if it cannot be, the next read tries
+	}
+}
+
+// push hands a job to the workers.
+func (c *conn) push(ctx context.Context, j job) error {
+	if c.queue.full() {
+		c.rest()
+	}
+	c.flush()
+	return c.queue.push(ctx, j)
 }
 
 // headerLen is the length of a request's header.
@@ -388,7 +415,7 @@ func (c *conn) acceptWrite(ctx context.Context, r wire.Request) error {
 		}
 		cost := bufferCost(int(j.length))
 		if !c.queue.try(cost) {
-			c.flush()
+			c.rest()
 			if err := c.queue.reserve(ctx, cost); err != nil {
 				return err
 			}
@@ -441,15 +468,13 @@ func (c *conn) newJob(r wire.Request, contexts []selected) job {
 // worker for it, and otherwise hands it to one.
 func (c *conn) dispatch(ctx context.Context, j job) error {
 	if !c.promises(j) || j.payload == nil && !c.queue.try(j.need) {
-		c.flush()
-		return c.queue.push(ctx, j)
+		return c.push(ctx, j)
 	}
 	if j.problem == nil && !c.export.slots.try() {
 		if j.payload == nil {
 			c.queue.give(j.need)
 		}
-		c.flush()
-		return c.queue.push(ctx, j)
+		return c.push(ctx, j)
 	}
 	more := c.in.Buffered() >= c.headerLen()
 	c.inline.Add(1)

@@ -146,7 +146,7 @@ type schedule struct {
 	short   bool // the job whose turn it is was refused its memory
 	workers int
 	wholes  int           // workers for whole
-	full    chan struct{} // closed when there is room; nil while nobody waits
+	roomy   chan struct{} // closed when there is room; nil while nobody waits
 	prompt  bool          // the disk has answered the last large job promptly
 	watched bool          // stall is to run
 	taken   uint64        // jobs, up to now
@@ -185,7 +185,7 @@ func (s *schedule) room(ctx context.Context) error {
 	defer s.mu.Unlock()
 	for s.fullLocked() {
 		room := make(chan struct{})
-		s.full = room
+		s.roomy = room
 		s.mu.Unlock()
 		select {
 		case <-room:
@@ -196,6 +196,13 @@ func (s *schedule) room(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// full reports whether there is no room.
+func (s *schedule) full() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fullLocked()
 }
 
 func (s *schedule) fullLocked() bool {
@@ -333,9 +340,9 @@ func (s *schedule) next() (job, bool) {
 		rest := from.pop()
 		if more {
 			from.push(rest)
-		} else if s.full != nil {
-			close(s.full)
-			s.full = nil
+		} else if s.roomy != nil {
+			close(s.roomy)
+			s.roomy = nil
 		}
 		if j.granted != nil {
 			close(j.granted)
@@ -365,9 +372,9 @@ func (s *schedule) nextWhole() (job, bool) {
 		return job{}, false
 	}
 	j := s.whole.pop()
-	if s.full != nil {
-		close(s.full)
-		s.full = nil
+	if s.roomy != nil {
+		close(s.roomy)
+		s.roomy = nil
 	}
 	return j, true
 }

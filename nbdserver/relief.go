@@ -21,7 +21,7 @@ const (
 
 // relief lets a connection's reader execute quick requests itself, without
 // waking a worker, and finds another reader when one of them is not quick after
-// all. The clock ticks only while there are such requests.
+// all. The clock ticks while there are such requests and once or twice after the last.
 type relief struct {
 	takeOver func() // called when the reader has lost its role
 

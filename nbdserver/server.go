@@ -34,20 +34,24 @@
 //
 // A piece is executed once there is memory for it, and the payload of a write is
 // read from the socket in pieces, each once there is memory. Every connection has
-// 256 KiB of its own, so that it gets on whatever others do. Beyond that it borrows
+// 256 KiB of its own, so that it gets on whatever others do with the rest; a piece of
+// a write that has its memory overtakes what is refused some. Beyond that it borrows
 // from Options.Memory, and never comes to hold more than half of what is then
 // free: one client that asks for much and reads nothing holds a third, a hundred
 // of them leave room for others. Replies that cannot be cut (simple ones, and those
 // with the flag DF) and are longer than a piece take their memory, in turn, from
-// 64 MiB for all connections; of a connection at most 4 do so at the same time,
-// and a client that holds some and takes less than 256 KiB in 30 s is dropped.
+// 64 MiB for all connections; of a connection at most 4 and 32 MiB do so at the same
+// time. A client that holds some is dropped if it takes less than 256 KiB in 30 s or,
+// while others wait, if such a reply takes it longer than 30 s in all.
 //
 // # Writes
 //
 // A flush makes durable what all connections have been told is written; flushes
 // that wait at the same time share one Sync. A long write reaches the disk in
 // pieces, in any order; when one fails the others may be written or not. A write
-// that fails is read from the socket to its end, so the connection goes on.
+// that fails is read from the socket to its end, so the connection goes on. What was
+// asked before a client disconnects, or is gone, still changes the disk, within
+// Options.DrainTimeout.
 //
 // # Invariants
 //
@@ -57,7 +61,7 @@
 //     the export and the return of [Server.Remove] or [Server.Serve], unless that
 //     is ErrBusy.
 //   - Whatever a request waits for is given in the order of asking, but for the
-//     preference of small ones, which is bounded.
+//     preference of small ones, which is bounded, and of writes that have their memory.
 //   - Metadata contexts belong to the export that they were negotiated for.
 //   - An export with a list of identities is neither listed nor described nor
 //     entered without one of them on a certificate that was verified for this
@@ -73,9 +77,12 @@
 //	128         queries of a metadata option, 16 contexts selected
 //	10 s        for a handshake, TLS's included; see Options.MaxConnections for
 //	            how many may be under way
+//	1024        clients, who may stay as long as they like unless there is an
+//	            Options.IdleTimeout: whoever opens so many keeps the others out
 //	256 KiB     of extents in a block status reply for each context, and 65,536
 //	            pieces of the context that are looked at for it
 //	256         requests of a connection that wait to be executed
+//	10          errors of a disk, and of its map, logged for a connection one by one
 //	64          operations that an export's disk runs at the same time, and of
 //	            4,096 more for all exports at most half of what is free: a
 //	            disk that hangs holds up no other export
@@ -379,8 +386,8 @@ func (s *Server) listLocked(who identities) []*export {
 // of a second, or after Options.DrainTimeout.
 //
 // Serve returns nil after the last connection has ended, or the listener's error;
-// l is closed in any case. If a request stays in a disk for longer than a second
-// after its connection was closed, Serve returns ErrBusy with the export's name
+// l is closed in any case. If a request stays in a disk for longer than 5 s after
+// its connection was closed, Serve returns ErrBusy with the export's name, too,
 // and leaves that request to itself: the caller must not close that disk. Several
 // listeners may be served at once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) (err error) {

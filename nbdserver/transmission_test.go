@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/nbdserver"
@@ -293,6 +294,38 @@ func TestDiskErrors(t *testing.T) {
 			t.Errorf("the log lacks %q:\n%s", want, log.String())
 		}
 	}
+}
+
+type unreadable struct{}
+
+func (unreadable) ReadAt([]byte, int64) (int, error) { return 0, errBroken }
+
+// TestLogIsBounded: a disk that keeps failing, or its map, does not fill the log.
+func TestLogIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var log syncBuffer
+		o := nbdserver.Options{Log: slog.New(slog.NewTextHandler(&log, nil))}
+		d := testExport().Disk.(disk)
+		l, stop := serveInBubble(t, o, nbdserver.Export{Name: "data", Disk: disk{ReaderAt: unreadable{}, size: testSize}}, nbdserver.Export{Name: "map", Disk: mapless{d}})
+		for _, name := range []string{"data", "map"} {
+			c := greet(t, l.dial()).enter(name, true)
+			for i := range uint64(50) {
+				c.ask(request{command: cmdRead, cookie: i, length: piece}, true)
+			}
+			c.Close()
+		}
+		if err := stop(); err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		for message, want := range map[string]int{
+			"cannot use an export's disk": 10, "cannot read the map": 10, "more errors than were logged": 2, "requests=50": 1, "maps=50": 1,
+		} {
+			if got := strings.Count(log.String(), message); got != want {
+				t.Errorf("got %q %d times, want %d:\n%s", message, got, want, log.String())
+			}
+		}
+	})
 }
 
 // TestMapErrorIsNoReadError: where only the map fails, reads go on.
