@@ -483,29 +483,6 @@ func TestErrorInTheMiddle(t *testing.T) {
 	}
 }
 
-// TestExtendedViolations: what extended headers forbid ends the connection, and
-// a payload that a command does not take is passed over.
-func TestExtendedViolations(t *testing.T) {
-	t.Parallel()
-	socket := start(t, quiet, nbdserver.Export{Name: "disk", Disk: newRAM(make([]byte, 1<<20))})
-	for _, q := range []ask64{
-		{0, cmdWrite, 1, 0, maxRequest + 1},
-		{payloadLen, cmdWrite, 1, 0, maxRequest + 1},
-		{payloadLen, cmdRead, 1, 0, math.MaxUint64},
-	} {
-		c := enterMode(dial(t, socket), "disk", extendedMode)
-		c.send(c.header(q))
-		c.wantClosed()
-	}
-	c := enterMode(dial(t, socket), "disk", extendedMode)
-	c.send(request{command: cmdRead, length: 512}.wire(), make([]byte, 4))
-	c.wantClosed()
-	c = enterMode(dial(t, socket), "disk", extendedMode)
-	if a := c.ask(ask64{payloadLen, cmdWrite, 1, 1 << 20, maxRequest}, make([]byte, maxRequest)); a.errno != enospc {
-		t.Errorf("the longest payload: got error %d, want %d", a.errno, enospc)
-	}
-}
-
 // levels is a context whose flags are the number of the piece, over a given
 // piece length; it fails from piece bad on.
 type levels struct{ piece, bad int64 }

@@ -1,6 +1,7 @@
 package nbdserver_test
 
 import (
+	"math"
 	"testing"
 
 	"github.com/holdfast-backup/holdfast/nbdserver"
@@ -26,5 +27,28 @@ func TestEmptyStatusPayload(t *testing.T) {
 		if a := c.ask(ask64{0, cmdRead, 5, 0, 512}, nil); a.errno != 0 {
 			t.Errorf("contexts %q: the next read: got error %d", contexts, a.errno)
 		}
+	}
+}
+
+// TestExtendedViolations: what extended headers forbid ends the connection, and
+// a payload that a command does not take is passed over.
+func TestExtendedViolations(t *testing.T) {
+	t.Parallel()
+	socket := start(t, quiet, nbdserver.Export{Name: "disk", Disk: newRAM(make([]byte, 1<<20))})
+	for _, q := range []ask64{
+		{0, cmdWrite, 1, 0, maxRequest + 1},
+		{payloadLen, cmdWrite, 1, 0, maxRequest + 1},
+		{payloadLen, cmdRead, 1, 0, math.MaxUint64},
+	} {
+		c := enterMode(dial(t, socket), "disk", extendedMode)
+		c.send(c.header(q))
+		c.wantClosed()
+	}
+	c := enterMode(dial(t, socket), "disk", extendedMode)
+	c.send(request{command: cmdRead, length: 512}.wire(), make([]byte, 4))
+	c.wantClosed()
+	c = enterMode(dial(t, socket), "disk", extendedMode)
+	if a := c.ask(ask64{payloadLen, cmdWrite, 1, 1 << 20, maxRequest}, make([]byte, maxRequest)); a.errno != enospc {
+		t.Errorf("the longest payload: got error %d, want %d", a.errno, enospc)
 	}
 }
