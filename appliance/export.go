@@ -264,7 +264,7 @@ func (a *Appliance) exported(o ExportOptions, p blockstore.Point, d blockstore.P
 		if err != nil {
 			return nbdserver.Export{}, nil, err
 		}
-		opened = append(opened, written.Close)
+		opened = append(opened, func() error { return a.closeOverlay(o.Name, written) })
 		export.Disk, changed.written = written, written.Changed
 	}
 	return export, opened.close, nil

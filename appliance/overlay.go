@@ -141,7 +141,21 @@ func (a *Appliance) openOverlay(meta overlayMeta, base image.Disk, limit int64) 
 	if _, _, err := a.kept(meta.Name); errors.Is(err, os.ErrNotExist) {
 		return a.createOverlay(path, meta, base, max(limit, 0))
 	}
-	return overlay.Open(path, base, overlay.Options{Limit: limit})
+	return overlay.Open(path, base, overlay.Options{Limit: limit, Log: a.log})
+}
+
+// closeOverlay closes what clients wrote to an export; if they wrote nothing, it
+// goes, and with it what keeps the point from being deleted.
+func (a *Appliance) closeOverlay(export string, o *overlay.Overlay) error {
+	empty := o.Empty()
+	if err := o.Close(); err != nil || !empty {
+		return err
+	}
+	path, err := a.overlayPath(export)
+	if err != nil {
+		return err
+	}
+	return overlay.Remove(path, overlay.Options{})
 }
 
 func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk, limit int64) (*overlay.Overlay, error) {
@@ -160,7 +174,7 @@ func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk
 	if _, err := a.repo.Point(meta.Point); err != nil {
 		return nil, err
 	}
-	return overlay.Create(path, base, overlay.Options{Limit: limit, Meta: encoded})
+	return overlay.Create(path, base, overlay.Options{Limit: limit, Meta: encoded, Log: a.log})
 }
 
 func decodeMeta(path string, encoded []byte) (overlayMeta, error) {
@@ -284,7 +298,7 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 		opened = append(opened, disk.Close)
 		source := ingest.Source{Name: d.Name, Disk: disk, Changed: []image.Extent{}, Since: point.ID}
 		if d.Name == meta.Disk {
-			o, err := overlay.Open(path, disk, overlay.Options{})
+			o, err := overlay.Open(path, disk, overlay.Options{Log: a.log})
 			if err != nil {
 				return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
 			}

@@ -79,6 +79,10 @@ func TestWritableExport(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := appliance.ExportOptions{Point: base.Point, Disk: "vda", Name: "try it/1", Writable: true, Limit: 4 * miB}
+	serving(t, a, o, func(e appliance.Export) { read(t, e.URI) })
+	if exports, err := a.WritableExports(); err != nil || len(exports) != 0 {
+		t.Errorf("got %v, %v, want nothing kept of an export that nobody wrote to", exports, err)
+	}
 	want := bytes.Clone(vda)
 	serving(t, a, o, func(e appliance.Export) {
 		if e.ReadOnly || e.Size != miB {
