@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -10,6 +11,11 @@ import (
 	"github.com/holdfast-backup/holdfast/appliance"
 	"github.com/holdfast-backup/holdfast/systemd"
 )
+
+// servingProcs is how many goroutines may run, or be in a quick system call, at the same time
+// while disks are served, at least. Measured with 1 ms a read, 4 clients of 16 requests, on
+// 2 processors: 0.75 of nbdkit's rate with 2, 1.09 with 8, 1.19 with 32.
+const servingProcs = 8
 
 func (p *program) exportCommand() *cobra.Command {
 	return noun(&cobra.Command{
@@ -65,6 +71,9 @@ the metadata context holdfast:changed:ID.`,
 				o.Limit = appliance.NoLimit
 			}
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+				// A goroutine in a system call keeps its place until the runtime notices, which
+				// takes longer than a quick disk; with few places requests would wait for that.
+				runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), servingProcs))
 				return a.Export(cmd.Context(), o, func(e appliance.Export) error {
 					if o.Client != nil || len(o.Listeners) > 0 {
 						return nil // standard output is the client, or its user's

@@ -10,8 +10,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/image/raw"
@@ -56,6 +59,7 @@ func serve(ctx context.Context, socket, file string, delay time.Duration) (err e
 	if delay > 0 {
 		disk = slowDisk{im, delay}
 	}
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 8)) // as holdfast does
 	s := nbdserver.New(nbdserver.Options{})
 	if err := s.Add(nbdserver.Export{Name: "disk", Disk: disk}); err != nil {
 		return err
@@ -73,8 +77,12 @@ type slowDisk struct {
 	delay time.Duration
 }
 
-// ReadAt implements [image.Disk].
+// ReadAt implements [image.Disk]. It waits in a system call, as a read of a slow
+// disk does, and as nbdkit's filter for it; the runtime's timers are coarser.
 func (d slowDisk) ReadAt(p []byte, off int64) (int, error) {
-	<-time.After(d.delay)
+	wait := unix.NsecToTimespec(d.delay.Nanoseconds())
+	for errors.Is(unix.Nanosleep(&wait, &wait), unix.EINTR) {
+		continue
+	}
 	return d.Disk.ReadAt(p, off)
 }
