@@ -74,17 +74,24 @@ func (a *Appliance) hold(export string) (release func(), err error) {
 }
 
 // kept returns what is known of a writable export; os.ErrNotExist if there is none.
-func (a *Appliance) kept(name string) (overlayMeta, overlay.Info, error) {
+func (a *Appliance) kept(name string) (overlayMeta, error) {
 	path, err := a.overlayPath(name)
 	if err != nil {
-		return overlayMeta{}, overlay.Info{}, err
+		return overlayMeta{}, err
 	}
-	info, err := overlay.Stat(path, overlay.Options{})
-	if err != nil {
-		return overlayMeta{}, info, err
+	meta, _, err := statOverlay(path)
+	return meta, err
+}
+
+// statOverlay reads what an overlay's file tells of itself.
+func statOverlay(path string) (meta overlayMeta, info overlay.Info, err error) {
+	if info, err = overlay.Stat(path, overlay.Options{}); err != nil {
+		return meta, info, err
 	}
-	meta, err := decodeMeta(path, info.Meta)
-	return meta, info, err
+	if err := json.Unmarshal(info.Meta, &meta); err != nil {
+		return meta, info, fmt.Errorf("%s is of no export of ours: %w", path, err)
+	}
+	return meta, info, nil
 }
 
 // goOn returns the disk that an export is of: that of the point, or, if clients wrote to a
@@ -93,7 +100,7 @@ func (a *Appliance) kept(name string) (overlayMeta, overlay.Info, error) {
 func (a *Appliance) goOn(ctx context.Context, o ExportOptions, p blockstore.Point, d blockstore.PointDisk) (
 	blockstore.Point, blockstore.PointDisk, error,
 ) {
-	meta, _, err := a.kept(o.Name)
+	meta, err := a.kept(o.Name)
 	switch {
 	case !o.Writable && (errors.Is(err, errInvalid) || errors.Is(err, os.ErrNotExist)):
 		return p, d, nil
@@ -138,7 +145,7 @@ func (a *Appliance) openOverlay(meta overlayMeta, base image.Disk, limit int64) 
 	if err != nil {
 		return nil, err
 	}
-	if _, _, err := a.kept(meta.Name); errors.Is(err, os.ErrNotExist) {
+	if _, err := a.kept(meta.Name); errors.Is(err, os.ErrNotExist) {
 		return a.createOverlay(path, meta, base, max(limit, 0))
 	}
 	return overlay.Open(path, base, overlay.Options{Limit: limit, Log: a.log})
@@ -177,14 +184,6 @@ func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk
 	return overlay.Create(path, base, overlay.Options{Limit: limit, Meta: encoded, Log: a.log})
 }
 
-func decodeMeta(path string, encoded []byte) (overlayMeta, error) {
-	var meta overlayMeta
-	if err := json.Unmarshal(encoded, &meta); err != nil {
-		return meta, fmt.Errorf("%s is of no export of ours: %w", path, err)
-	}
-	return meta, nil
-}
-
 // WritableExports lists what is kept of writable exports, by name. What can't be
 // read is logged and left out.
 func (a *Appliance) WritableExports() ([]WritableExport, error) {
@@ -213,12 +212,7 @@ func (a *Appliance) writableExports() (found []WritableExport, unreadable []erro
 		if !strings.HasSuffix(f.Name(), overlaySuffix) {
 			continue
 		}
-		path := filepath.Join(folder, f.Name())
-		info, err := overlay.Stat(path, overlay.Options{})
-		var meta overlayMeta
-		if err == nil {
-			meta, err = decodeMeta(path, info.Meta)
-		}
+		meta, info, err := statOverlay(filepath.Join(folder, f.Name()))
 		if err != nil {
 			unreadable = append(unreadable, err)
 			continue
@@ -270,7 +264,7 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 		return BackupResult{}, err
 	}
 	defer release()
-	meta, _, err := a.kept(name)
+	meta, err := a.kept(name)
 	if errors.Is(err, os.ErrNotExist) {
 		return BackupResult{}, notFound("export %s: nothing is kept of such a writable export; see export list", name)
 	}
@@ -304,16 +298,31 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 			}
 			opened = append(opened, o.Close)
 			source.Disk = o
-			for e, err := range o.Changed(0, o.Size()) {
-				if err != nil {
-					return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
-				}
-				source.Changed = append(source.Changed, e)
+			if source.Changed, err = changedExtents(o, int64(a.repo.ChunkSize())); err != nil {
+				return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
 			}
 		}
 		request.Disks = append(request.Disks, source)
 	}
 	return a.ingest(ctx, request, progress)
+}
+
+// changedExtents returns what clients wrote, in extents that are a chunk or more
+// apart: no chunk lies whole in a shorter gap, and there are not more of them than chunks,
+// however scattered the writes were.
+func changedExtents(o *overlay.Overlay, chunk int64) ([]image.Extent, error) {
+	extents := []image.Extent{}
+	for e, err := range o.Changed(0, o.Size()) {
+		if err != nil {
+			return nil, err
+		}
+		if n := len(extents); n > 0 && e.Off-extents[n-1].End() < chunk {
+			extents[n-1].Len = e.End() - extents[n-1].Off
+			continue
+		}
+		extents = append(extents, e)
+	}
+	return extents, nil
 }
 
 // needed refuses if a writable export lies over a point, or may: what was written
