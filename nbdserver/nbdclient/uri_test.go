@@ -111,7 +111,7 @@ func FuzzParseURI(f *testing.F) {
 	f.Add("nbd://[::1]:10809//x")
 	f.Fuzz(func(t *testing.T, uri string) {
 		if strings.Contains(uri, "tls-cert") || strings.Contains(uri, "%") {
-			t.Skip() // reads files
+			return // it would name files, which are read
 		}
 		o, err := nbdclient.ParseURI(uri)
 		if err != nil || o.TLS != nil || o.Network != "unix" || strings.HasPrefix(o.Address, "\x00") || strings.HasPrefix(o.Address, "@") {
