@@ -34,6 +34,8 @@ type CreateOptions struct {
 	Passphrase string
 	Recipients []string
 
+	// For tests; the zero values are those of production.
+	fs         durable.FS
 	workFactor int // log2 of scrypt's N; 0 is age's own choice. Tests can't wait that long
 }
 
@@ -66,14 +68,17 @@ func checkChunkSize(n int) error {
 // Create makes a repository in dir, which is created if need be and must not hold
 // one already. It is durable when Create returns nil.
 func Create(dir string, o CreateOptions) error {
-	fsys := durable.OS()
+	fsys := o.fs
+	if fsys == nil {
+		fsys = durable.OS()
+	}
 	if o.ChunkSize == 0 {
 		o.ChunkSize = DefaultChunkSize
 	}
 	if err := checkChunkSize(o.ChunkSize); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(fsys, dir); err != nil {
 		return err
 	}
 	unlock, err := lock(dir)
@@ -82,8 +87,8 @@ func Create(dir string, o CreateOptions) error {
 	}
 	defer unlock()
 	path := filepath.Join(dir, configFile)
-	if _, err := os.Lstat(path); err == nil {
-		return fmt.Errorf("%s: %w", dir, ErrExists)
+	if f, err := fsys.Open(path); err == nil {
+		return errors.Join(fmt.Errorf("%s: %w", dir, ErrExists), f.Close())
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -105,15 +110,24 @@ func Create(dir string, o CreateOptions) error {
 			return err
 		}
 	}
+	if err := fsys.SyncDir(dir); err != nil {
+		return err
+	}
 	data, err := json.MarshalIndent(c, "", "  ")
 	if err != nil {
 		return err
 	}
-	// The repository exists from the moment that this file does.
-	if err := durable.WriteFile(fsys, path, append(data, '\n')); err != nil {
-		return err
+	// The repository exists from the moment that this file does, and has its folders.
+	return durable.WriteFile(fsys, path, append(data, '\n'))
+}
+
+// readConfig returns the content of a repository's configFile.
+func readConfig(fsys durable.FS, dir string) ([]byte, error) {
+	data, err := durable.ReadFile(fsys, filepath.Join(dir, configFile), 1<<20)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w; make one with init", dir, ErrNotRepository)
 	}
-	return fsys.SyncDir(filepath.Dir(filepath.Clean(dir)))
+	return data, err
 }
 
 // configure reads repository.json.

@@ -109,7 +109,7 @@ type index struct {
 	fault func() error
 }
 
-func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
+func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 	// Everything stays in the LSM tree: the values are far below the threshold for
 	// the value log. Writes are synced by sync, after the segment they speak
 	// of. Checksums are not verified unless asked for.
@@ -122,13 +122,13 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 		WithBlockCacheSize(0).
 		WithChecksumVerificationMode(options.OnTableAndBlockRead).
 		WithValueThreshold(1 << 10).
-		WithMemTableSize(memory).
+		WithMemTableSize(opts.indexMemory).
 		WithNumMemtables(2).
 		WithNumCompactors(2).
 		WithValueLogFileSize(1 << 20).
 		WithBypassLockGuard(true). // the repository's lock is enough
 		WithMetricsEnabled(false)
-	db, err := badger.Open(o)
+	db, err := opts.openDB(o)
 	if err != nil && !lacksMeans(err) {
 		// A kill in the wrong moment leaves files that BadgerDB doesn't open, such as
 		// a value log that was created and has no bytes yet. The index is a cache:
@@ -137,7 +137,7 @@ func openIndex(dir string, memory int64, log *slog.Logger) (*index, error) {
 		if removeErr := os.RemoveAll(dir); removeErr != nil {
 			return nil, fmt.Errorf("open index: %w", errors.Join(err, removeErr))
 		}
-		db, err = badger.Open(o)
+		db, err = opts.openDB(o)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open index %s: %w", dir, err)

@@ -394,8 +394,12 @@ type RebuildStats struct {
 // RebuildIndex throws the index of the repository in dir away and makes it anew from
 // the segments. It may be stopped at any moment: the next opening goes on.
 func RebuildIndex(_ context.Context, dir string, o Options) (_ RebuildStats, err error) {
-	if _, err := os.Stat(filepath.Join(dir, configFile)); errors.Is(err, os.ErrNotExist) {
-		return RebuildStats{}, fmt.Errorf("%s: %w; make one with init", dir, ErrNotRepository)
+	o, err = o.withDefaults()
+	if err != nil {
+		return RebuildStats{}, err
+	}
+	if _, err := readConfig(o.fs, dir); err != nil {
+		return RebuildStats{}, err
 	}
 	unlock, err := lock(dir)
 	if err != nil {

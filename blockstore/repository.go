@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"filippo.io/age"
+	"github.com/dgraph-io/badger/v4"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
@@ -42,7 +43,8 @@ type Options struct {
 
 	// For tests; the zero values are those of production.
 	fs          durable.FS
-	indexMemory int64 // see indexMemory
+	indexMemory int64                                    // see indexMemory
+	openDB      func(badger.Options) (*badger.DB, error) // badger.Open
 }
 
 func (o Options) withDefaults() (Options, error) {
@@ -60,6 +62,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.indexMemory == 0 {
 		o.indexMemory = indexMemory
+	}
+	if o.openDB == nil {
+		o.openDB = badger.Open
 	}
 	if o.SegmentSize < segmentHeaderSize || o.SegmentSize > maxSegmentSize-2*maxPayload-maxTOCSize {
 		return o, fmt.Errorf("segment size %d is not supported", o.SegmentSize)
@@ -112,10 +117,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 		return nil, err
 	}
 	fsys := o.fs
-	data, err := durable.ReadFile(fsys, filepath.Join(dir, configFile), 1<<20)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w; make one with init", dir, ErrNotRepository)
-	}
+	data, err := readConfig(fsys, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +157,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 		return nil, fmt.Errorf("%w: %s has %d bytes free and opening it needs %d; free some elsewhere on that file system",
 			ErrNoSpace, dir, free, minIndexSpace)
 	}
-	if r.index, err = openIndex(filepath.Join(dir, indexDir), o.indexMemory, r.log); err != nil {
+	if r.index, err = openIndex(filepath.Join(dir, indexDir), o, r.log); err != nil {
 		return nil, err
 	}
 	if r.damaged, err = r.index.damaged(); err != nil {

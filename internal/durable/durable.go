@@ -184,6 +184,24 @@ func (osFS) Space(name string) (free, total int64, err error) {
 	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
 }
 
+// MkdirAll makes a folder and those above it that are missing. The folder's name and
+// those that it made are durable when it returns nil.
+func MkdirAll(fsys FS, name string) error {
+	name = filepath.Clean(name)
+	parent := filepath.Dir(name)
+	err := fsys.Mkdir(name)
+	if errors.Is(err, os.ErrNotExist) && parent != name {
+		if err := MkdirAll(fsys, parent); err != nil {
+			return err
+		}
+		err = fsys.Mkdir(name)
+	}
+	if err != nil {
+		return err
+	}
+	return fsys.SyncDir(parent)
+}
+
 // temporarySuffix marks a file that is being written. What a crash leaves of
 // it is not part of any state: see RemoveTemporary.
 const temporarySuffix = ".tmp"
