@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -137,7 +136,7 @@ func (a *appender) start() (*writing, error) {
 	h.Generation = binary.LittleEndian.Uint64(random[:])
 	seg := &segment{
 		number: h.Number, generation: h.Generation,
-		path: filepath.Join(set.dir, segmentName(h.Number, h.Generation, openSuffix)),
+		path: filepath.Join(set.dir, segmentName(h.Number, h.Generation, segmentSuffix)),
 	}
 	f, err := set.fs.Create(seg.path)
 	if err != nil {
@@ -219,30 +218,29 @@ func (a *appender) drainFlushing() {
 // seal ends a segment with its table of contents and footer, and enters it
 // into the index. a.flushing is held.
 func (a *appender) seal(w *writing) error {
-	tail := encodeTail(w.entries, w.size)
+	// A table of contents is believed without reading the records, so it may reach the
+	// disk only after them.
+	if w.durable < w.size {
+		if err := a.harden(w, w.size); err != nil {
+			return err
+		}
+	}
+	tail := encodeTail(w.seg.generation, w.entries, w.size)
 	if _, err := w.seg.file.WriteAt(tail, w.size); err != nil {
 		return noSpace(err)
 	}
 	if err := w.seg.file.Sync(); err != nil {
 		return err
 	}
-	sealed := a.sealedPath(w.seg)
-	if err := a.r.fs.Rename(w.seg.path, sealed); err != nil {
-		return err
-	}
-	if err := a.r.fs.SyncDir(a.r.segments.dir); err != nil {
-		return err
-	}
-	w.durable = w.size
-	// Every record is durable here, under its final name. Stopped now, the
-	// next opening finds a sealed segment without summary and enters it.
+	// The segment is durable here. Stopped now, the next opening finds it
+	// without summary and enters it.
 	sum := summarize(w.seg.generation, w.entries, w.size+int64(len(tail)))
 	if err := a.r.enter(w.seg, w.entries[w.indexed:], w.indexed, &sum); err != nil {
 		return err
 	}
 	set := a.r.segments
 	set.mu.Lock()
-	w.seg.path, w.seg.sealed, w.seg.summary = sealed, true, sum
+	w.seg.sealed, w.seg.summary = true, sum
 	if w.seg.element == nil {
 		w.seg.element = set.opened.PushFront(w.seg)
 	}
@@ -250,16 +248,12 @@ func (a *appender) seal(w *writing) error {
 	return nil
 }
 
-func (a *appender) sealedPath(seg *segment) string {
-	return filepath.Join(a.r.segments.dir, segmentName(seg.number, seg.generation, sealedSuffix))
-}
-
 // encodeTail returns what ends a sealed segment whose records end at off.
-func encodeTail(entries []tocEntry, off int64) []byte {
+func encodeTail(generation uint64, entries []tocEntry, off int64) []byte {
 	toc := encodeTOC(entries)
 	header := recordHeader{Type: tocRecord, Raw: uint32(len(toc)), Stored: uint32(len(toc))}
 	tail := appendRecord(nil, nil, header, toc, off)
-	return append(tail, footer{TOC: uint64(off), Records: uint32(len(entries))}.encode()...)
+	return append(tail, footer{TOC: uint64(off), Records: uint32(len(entries)), Generation: generation}.encode()...)
 }
 
 func summarize(generation uint64, entries []tocEntry, size int64) summary {
@@ -315,6 +309,17 @@ func (a *appender) flushCurrent() error {
 // commit makes the first size bytes, which were written, durable and enters the records
 // of them that are not indexed yet. a.flushing is held.
 func (a *appender) commit(w *writing, entries []tocEntry, size int64) error {
+	if err := a.harden(w, size); err != nil {
+		return err
+	}
+	// Stopped now, the next opening reads the unsealed segment and enters the
+	// records. They stay, even if entering them fails: the index may have some of
+	// them then.
+	return a.r.enter(w.seg, entries, w.indexed, nil)
+}
+
+// harden makes the first size bytes of a segment durable, and its name. a.flushing is held.
+func (a *appender) harden(w *writing, size int64) error {
 	if err := w.seg.file.Sync(); err != nil {
 		return err
 	}
@@ -323,11 +328,8 @@ func (a *appender) commit(w *writing, entries []tocEntry, size int64) error {
 			return err
 		}
 	}
-	// The records are durable here. Stopped now, the next opening reads the
-	// unsealed segment and enters them. They stay, even if entering them
-	// fails: the index may have some of them then.
 	w.durable = size
-	return a.r.enter(w.seg, entries, w.indexed, nil)
+	return nil
 }
 
 // finish seals what is open.
@@ -397,10 +399,6 @@ func (a *appender) failLocked(w *writing, err error) error {
 // file: after a failed sync it may look whole until the machine restarts.
 // a.flushing is held, so that nobody enters these records meanwhile.
 func (a *appender) cut(w *writing) {
-	// A rename that failed may have happened all the same.
-	if err := a.r.fs.Rename(a.sealedPath(w.seg), w.seg.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		a.r.log.Error("failed segment cannot be renamed", attrErr(err))
-	}
 	if w.durable > 0 {
 		if err := w.seg.file.Truncate(w.durable); err != nil {
 			a.r.log.Error("failed segment cannot be cut", attrErr(err))

@@ -14,8 +14,7 @@
 //
 //	repository.json     what was chosen at creation, and the wrapped key
 //	lock                held by the process that has the repository open
-//	segments/*.seg      sealed segments: the only home of chunks
-//	segments/*.open     a segment that is being written
+//	segments/*.seg      the only home of chunks
 //	points/*.point      one file a restore point
 //	index/              BadgerDB: id → place. A cache of the segments
 //
@@ -67,7 +66,7 @@
 //	 0   8  magic "HFSEGEND"
 //	 8   8  offset of the record that holds the table of contents
 //	16   4  entries in it
-//	20   8  zero
+//	20   8  generation of the segment, which no guest knows: its chunks can't end like this
 //	28   4  CRC-32C of bytes 0–27
 //
 // # Point, format 1
@@ -108,6 +107,12 @@
 //	write, fsync      points/ID.point.tmp
 //	rename, fsync     points/ID.point, points/
 //
+// A full segment is sealed in two steps: its records are synced, then its table of contents
+// and footer are written and synced. So a table of contents that is right vouches for the
+// records before it. A segment keeps one name for its life, and nothing is changed in
+// it but its end: a copy that is made file by file while a backup runs has what
+// was durable when it began.
+//
 // A crash leaves at most records that nobody references, which a collection takes.
 // A failed write or sync ends the segment: what was durable before is
 // kept, the rest is cut off, every session that may have put something into it
@@ -116,10 +121,9 @@
 //
 // # Opening
 //
-// An unsealed segment is cut behind its last whole record, sealed, and never
-// appended to (a nonce would come twice). A sealed segment that
-// the index has no summary of is entered from its table of contents, or from its
-// records if that is damaged. An index entry counts only if its segment is live,
+// A segment of which the index has no summary is entered from its table of contents.
+// One that has none, because its writer was stopped or its end is damaged, is cut behind
+// its last whole record, sealed, and never appended to (a nonce would come twice). An index entry counts only if its segment is live,
 // has the same generation, and has as many records. So an index that is behind,
 // ahead, older or gone is no danger: what does not count is stored anew, and a chunk
 // that a point needs and the index lacks is looked for in the segments.

@@ -57,7 +57,7 @@ func FuzzSegment(f *testing.F) {
 		size := int64(len(data))
 		_, _ = readSegmentHeader(file)
 		checkEntries(t, c, data, scanRecords(file, size, func([]byte, int64) bool { return true }))
-		if entries, err := readEntries(file, size); err == nil {
+		if entries, err := readEntries(file, size, 0x1122334455667788); err == nil {
 			checkEntries(t, c, data, entries)
 		}
 	})

@@ -115,7 +115,7 @@ func TestGoldenSegment(t *testing.T) {
 			if entries[1].Codec != codecZstd || entries[2].Codec != codecS2 || entries[0].Codec != codecNone {
 				t.Errorf("codecs: got %d, %d, %d", entries[0].Codec, entries[1].Codec, entries[2].Codec)
 			}
-			golden(t, tt.name, append(seg, encodeTail(entries, int64(len(seg)))...))
+			golden(t, tt.name, append(seg, encodeTail(h.Generation, entries, int64(len(seg)))...))
 		})
 	}
 }

@@ -3,12 +3,14 @@ package blockstore
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 const testChunk = MinChunkSize
@@ -228,4 +230,29 @@ func numbers(first, n uint32) content {
 func emptyCache(r *Repository) {
 	r.nodes = newCache(r.nodes.limit)
 	r.chunks = newChunkCache(r.chunkSize, int64(r.chunks.limit)*int64(r.chunkSize+decodeSlack), r.chunks.load)
+}
+
+// unsealed returns the paths of the segments that do not end with a table of contents.
+func unsealed(t testing.TB, dir string) []string {
+	t.Helper()
+	var out []string
+	for _, path := range segmentFiles(t, dir, segmentSuffix) {
+		f, err := durable.OS().Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := f.Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, generation, _ := parseSegmentName(filepath.Base(path))
+		_, err = readEntries(f, size, generation)
+		if errors.Is(err, errUnsealed) {
+			out = append(out, path)
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		_ = f.Close()
+	}
+	return out
 }

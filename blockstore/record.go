@@ -232,6 +232,9 @@ func decodeTOC(b []byte, end int64) ([]tocEntry, error) {
 type footer struct {
 	TOC     uint64 // offset of the record that holds the table of contents
 	Records uint32 // entries in it
+	// Generation is the segment's: a guest, who doesn't know it, can't write a chunk that
+	// ends like a sealed segment.
+	Generation uint64
 }
 
 func (f footer) encode() []byte {
@@ -239,7 +242,7 @@ func (f footer) encode() []byte {
 	b = append(b, footerMagic...)
 	b = binary.LittleEndian.AppendUint64(b, f.TOC)
 	b = binary.LittleEndian.AppendUint32(b, f.Records)
-	b = append(b, make([]byte, 8)...)
+	b = binary.LittleEndian.AppendUint64(b, f.Generation)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
@@ -250,8 +253,11 @@ func decodeFooter(b []byte) (footer, error) {
 	if crc32.Checksum(b[:28], castagnoli) != binary.LittleEndian.Uint32(b[28:]) {
 		return footer{}, fmt.Errorf("footer: %w", errCRC)
 	}
-	f := footer{TOC: binary.LittleEndian.Uint64(b[8:]), Records: binary.LittleEndian.Uint32(b[16:])}
-	if f.TOC > maxSegmentSize || f.Records > maxRecords || binary.LittleEndian.Uint64(b[20:]) != 0 {
+	f := footer{
+		TOC: binary.LittleEndian.Uint64(b[8:]), Records: binary.LittleEndian.Uint32(b[16:]),
+		Generation: binary.LittleEndian.Uint64(b[20:]),
+	}
+	if f.TOC > maxSegmentSize || f.Records > maxRecords {
 		return footer{}, errors.New("footer: impossible values")
 	}
 	return f, nil

@@ -14,8 +14,8 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
-// loadSegments finds the live set: it recovers unsealed segments and
-// enters sealed ones that the index lacks.
+// loadSegments finds the live set: it recovers unsealed segments and enters sealed ones that
+// the index lacks.
 func (r *Repository) loadSegments() error {
 	known, err := r.index.summaries()
 	if err != nil {
@@ -27,18 +27,12 @@ func (r *Repository) loadSegments() error {
 	}
 	// Ascending: where two segments hold the same chunk, the later one counts.
 	for _, f := range files {
-		number, generation, suffix, ok := parseSegmentName(f.Name())
-		if !ok || (suffix != sealedSuffix && suffix != openSuffix) {
+		number, generation, ok := parseSegmentName(f.Name())
+		if !ok {
 			r.log.Warn("the folder of segments holds something else", attrPath(f.Name()))
 			continue
 		}
 		seg := &segment{number: number, generation: generation, path: filepath.Join(r.segments.dir, f.Name()), sealed: true}
-		if suffix == openSuffix {
-			if err := r.recoverSegment(seg); err != nil {
-				return err
-			}
-			continue
-		}
 		info, err := f.Info()
 		if err != nil {
 			return err
@@ -49,23 +43,15 @@ func (r *Repository) loadSegments() error {
 			r.segments.add(seg)
 			continue
 		}
-		entries, err := r.listSealed(seg)
-		if err != nil {
-			// The points that need it fail when they are read; others don't.
-			r.log.Error("segment cannot be read", attrSegment(seg), attrErr(err))
-			continue
-		}
-		if err := r.enterRecords(seg, entries, info.Size()); err != nil {
-			return err
+		if err := r.loadSegment(seg); err != nil {
+			return fmt.Errorf("segment %s: %w", seg.path, err)
 		}
 	}
 	return nil
 }
 
-// recoverSegment seals a segment whose writer was stopped: it is cut behind its last
-// whole record. What follows was never durable. A bad record between whole ones may be
-// what a loss of power left of bytes that were not durable, or damage; its id is not entered.
-func (r *Repository) recoverSegment(seg *segment) error {
+// loadSegment enters a segment that the index does not know as sealed.
+func (r *Repository) loadSegment(seg *segment) error {
 	f, err := r.fs.OpenWrite(seg.path)
 	if err != nil {
 		return err
@@ -75,13 +61,26 @@ func (r *Repository) recoverSegment(seg *segment) error {
 	if err != nil {
 		return err
 	}
-	if size <= segmentHeaderSize {
-		r.log.Info("removed a segment without records", attrSegment(seg))
-		return r.fs.Remove(seg.path)
+	entries, err := readEntries(f, size, seg.generation)
+	switch {
+	case err == nil:
+		return r.enterRecords(seg, entries, size)
+	case errors.Is(err, errUnsealed):
+		return r.recoverSegment(seg, f, size)
 	}
-	if _, err := readSegmentHeader(f); err != nil {
-		r.log.Error("the header of a segment is damaged; its records are read without it", attrSegment(seg), attrErr(err))
+	r.log.Error("the end of a segment cannot be read; its records are read instead", attrSegment(seg), attrErr(err))
+	if entries, err = r.scan(f, seg.number, seg.generation, size); err != nil {
+		return err
 	}
+	return r.enterRecords(seg, entries, size)
+}
+
+// recoverSegment seals a segment whose writer was stopped, or whose end is damaged: it is
+// cut behind its last whole record. What follows was never durable. A bad record between
+// whole ones may be what a loss of power left of bytes that were not durable, or damage; its
+// id is not entered.
+func (r *Repository) recoverSegment(seg *segment, f durable.File, size int64) error {
+	_, headerErr := readSegmentHeader(f)
 	entries, err := r.scan(f, seg.number, seg.generation, size)
 	if err != nil {
 		return err
@@ -89,51 +88,37 @@ func (r *Repository) recoverSegment(seg *segment) error {
 	for len(entries) > 0 && entries[len(entries)-1].ID.IsNull() {
 		entries = entries[:len(entries)-1]
 	}
-	end := recordsEnd(entries)
-	if len(entries) == 0 {
+	if len(entries) == 0 && size <= segmentHeaderSize+writeSize+maxPayload {
+		// All that the first write to it left.
 		r.log.Info("removed a segment without whole records", attrSegment(seg))
 		return r.fs.Remove(seg.path)
 	}
-	tail := encodeTail(entries, end)
-	if err := f.Truncate(end); err != nil {
+	if len(entries) == 0 {
+		r.log.Error("a segment has no whole record and was left as it is", attrSegment(seg), slog.Int64("bytes", size))
+		return nil
+	}
+	if headerErr != nil {
+		r.log.Error("the header of a segment is damaged; its records are read without it", attrSegment(seg), attrErr(headerErr))
+	}
+	end := recordsEnd(entries)
+	// The records may be in memory only: see appender.seal.
+	if err := errors.Join(f.Truncate(end), f.Sync()); err != nil {
 		return err
 	}
+	tail := encodeTail(seg.generation, entries, end)
 	if _, err := f.WriteAt(tail, end); err != nil {
 		return noSpace(err)
 	}
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	sealed := filepath.Join(r.segments.dir, segmentName(seg.number, seg.generation, sealedSuffix))
-	if err := r.fs.Rename(seg.path, sealed); err != nil {
-		return err
-	}
+	// The file may have come with the crash, its name not durable yet.
 	if err := r.fs.SyncDir(r.segments.dir); err != nil {
 		return err
 	}
 	r.log.Info("recovered a segment", attrSegment(seg), slog.Int("records", len(entries)),
 		slog.Int64("cut_bytes", size-end))
-	seg.path = sealed
 	return r.enterRecords(seg, entries, end+int64(len(tail)))
-}
-
-// listSealed returns the records of a sealed segment that the index does not know.
-func (r *Repository) listSealed(seg *segment) ([]tocEntry, error) {
-	f, err := r.fs.Open(seg.path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	size, err := f.Size()
-	if err != nil {
-		return nil, err
-	}
-	entries, err := readEntries(f, size)
-	if err != nil {
-		r.log.Error("a segment's table of contents is damaged; its records are read instead", attrSegment(seg), attrErr(err))
-		return r.scan(f, seg.number, seg.generation, size)
-	}
-	return entries, nil
 }
 
 // enterRecords enters a sealed segment and its records into the live set and the
@@ -144,10 +129,14 @@ func (r *Repository) enterRecords(seg *segment, entries []tocEntry, size int64) 
 	return r.enter(seg, entries, 0, &seg.summary)
 }
 
-// readEntries reads the table of contents of a sealed segment.
-func readEntries(f durable.File, size int64) ([]tocEntry, error) {
+// errUnsealed means that a segment does not end as a sealed one does.
+var errUnsealed = errors.New("the segment has no table of contents at its end")
+
+// readEntries reads the table of contents of a sealed segment. The error wraps errUnsealed
+// if what could be read is none.
+func readEntries(f durable.File, size int64, generation uint64) ([]tocEntry, error) {
 	if size < segmentHeaderSize+recordHeaderSize+footerSize {
-		return nil, fmt.Errorf("file of %d bytes", size)
+		return nil, fmt.Errorf("%w: it has %d bytes", errUnsealed, size)
 	}
 	b := make([]byte, footerSize)
 	if n, err := f.ReadAt(b, size-footerSize); n < len(b) {
@@ -155,11 +144,14 @@ func readEntries(f durable.File, size int64) ([]tocEntry, error) {
 	}
 	foot, err := decodeFooter(b)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errUnsealed, err)
+	}
+	if foot.Generation != generation {
+		return nil, fmt.Errorf("%w: the footer is that of another segment", errUnsealed)
 	}
 	length := int64(recordHeaderSize) + int64(foot.Records)*tocEntrySize
 	if int64(foot.TOC)+length+footerSize != size {
-		return nil, errors.New("footer does not fit the file's length")
+		return nil, fmt.Errorf("%w: the footer does not fit the file's length", errUnsealed)
 	}
 	record := make([]byte, length)
 	if n, err := f.ReadAt(record, int64(foot.TOC)); n < len(record) {
@@ -167,12 +159,16 @@ func readEntries(f durable.File, size int64) ([]tocEntry, error) {
 	}
 	h, err := checkRecord(record)
 	if err != nil {
-		return nil, fmt.Errorf("table of contents: %w", err)
+		return nil, fmt.Errorf("%w: %w", errUnsealed, err)
 	}
 	if h.Type != tocRecord {
-		return nil, fmt.Errorf("record of type %d where the table of contents should be", h.Type)
+		return nil, fmt.Errorf("%w: a record of type %d is in its place", errUnsealed, h.Type)
 	}
-	return decodeTOC(record[recordHeaderSize:], int64(foot.TOC))
+	entries, err := decodeTOC(record[recordHeaderSize:], int64(foot.TOC))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errUnsealed, err)
+	}
+	return entries, nil
 }
 
 // scanRecords finds the whole records of a segment without its table of contents. What
@@ -369,7 +365,7 @@ func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries, err := readEntries(opened.file, size)
+	entries, err := readEntries(opened.file, size, seg.generation)
 	if err != nil {
 		return nil, &CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: size, Err: err}
 	}

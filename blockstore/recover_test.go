@@ -20,7 +20,7 @@ func TestCrash(t *testing.T) {
 	if _, err := store(t, s, numbers(500, 250)); err != nil { // written in part, not committed
 		t.Fatal(err)
 	}
-	files := segmentFiles(t, dir, openSuffix)
+	files := unsealed(t, dir)
 	if len(files) != 1 {
 		t.Fatalf("got unsealed segments %v, want one", files)
 	}
@@ -60,7 +60,7 @@ func TestCrash(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			dir := crash(t, crashed)
-			if err := tt.tear(segmentFiles(t, dir, openSuffix)[0]); err != nil {
+			if err := tt.tear(unsealed(t, dir)[0]); err != nil {
 				t.Fatal(err)
 			}
 			if tt.name == "no index" {
@@ -70,7 +70,7 @@ func TestCrash(t *testing.T) {
 			}
 			r := open(t, dir, Options{})
 			checkDisk(t, r, p.ID, listed)
-			if left := segmentFiles(t, dir, openSuffix); len(left) != 0 {
+			if left := unsealed(t, dir); len(left) != 0 {
 				t.Errorf("segments are still unsealed: %v", left)
 			}
 			again := mustBackup(t, r, "vm", numbers(500, 250))
@@ -86,7 +86,7 @@ func TestCrashBeforeFirstRecord(t *testing.T) {
 	dir := create(t, CreateOptions{})
 	for i, size := range []int{0, 10, segmentHeaderSize} {
 		header := segmentHeader{Number: uint64(i + 1), Generation: 5}.encode()
-		path := filepath.Join(dir, segmentsDir, segmentName(uint64(i+1), 5, openSuffix))
+		path := filepath.Join(dir, segmentsDir, segmentName(uint64(i+1), 5, segmentSuffix))
 		if err := os.WriteFile(path, header[:size], 0o600); err != nil {
 			t.Fatal(err)
 		}

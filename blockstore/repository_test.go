@@ -41,7 +41,7 @@ func TestStoreAndReopen(t *testing.T) {
 			checkDisk(t, r, p1.ID, first)
 			closeOnce(t, r)
 
-			if raw, err := os.ReadFile(segmentFiles(t, dir, sealedSuffix)[0]); err != nil || bytes.Contains(raw, chunkOf(1)[:64]) != (passphrase == "") {
+			if raw, err := os.ReadFile(segmentFiles(t, dir, segmentSuffix)[0]); err != nil || bytes.Contains(raw, chunkOf(1)[:64]) != (passphrase == "") {
 				t.Errorf("a chunk's bytes are to be seen in a segment: %v, %v", passphrase == "", err)
 			}
 			r = open(t, dir, o)

@@ -1,6 +1,7 @@
 package blockstore
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -34,7 +35,7 @@ type watchedFS struct {
 
 func (f watchedFS) Remove(name string) error {
 	err := f.FS.Remove(name)
-	if strings.HasSuffix(name, sealedSuffix) {
+	if strings.HasSuffix(name, segmentSuffix) {
 		f.removed()
 	}
 	return err
@@ -141,7 +142,7 @@ func TestDamagedStructure(t *testing.T) {
 				return int64(loc.Off)
 			}
 			chunk := place(r.ID(chunkOf(11)))
-			path := segmentFiles(t, dir, sealedSuffix)[0]
+			path := segmentFiles(t, dir, segmentSuffix)[0]
 			info, err := os.Stat(path)
 			if err != nil {
 				t.Fatal(err)
@@ -161,7 +162,7 @@ func TestDamagedStructure(t *testing.T) {
 				for _, index := range []bool{true, false} {
 					dir := crash(t, dir)
 					for _, off := range tt.flips {
-						flip(t, segmentFiles(t, dir, sealedSuffix)[0], off)
+						flip(t, segmentFiles(t, dir, segmentSuffix)[0], off)
 					}
 					if !index {
 						if err := os.RemoveAll(filepath.Join(dir, indexDir)); err != nil {
@@ -193,7 +194,7 @@ func TestDamagedStructure(t *testing.T) {
 			}
 			for off, lost := range map[int64]int{30: 0, segmentHeaderSize: 0, chunk: 1, chunk + 13: 1, chunk + 70: 1} {
 				dir := crash(t, unsealed)
-				flip(t, segmentFiles(t, dir, openSuffix)[0], off)
+				flip(t, segmentFiles(t, dir, segmentSuffix)[0], off)
 				r := open(t, dir, o)
 				if got := damaged(r); got != lost {
 					t.Errorf("unsealed, offset %d: %d chunks are lost, want %d", off, got, lost)
@@ -350,7 +351,7 @@ func TestForgedRecord(t *testing.T) {
 		t.Fatalf("the chunk is not stored as it is: %+v, %v, %v", loc, ok, err)
 	}
 	crashed := crash(t, dir)
-	flip(t, segmentFiles(t, crashed, openSuffix)[0], int64(loc.Off))
+	flip(t, segmentFiles(t, crashed, segmentSuffix)[0], int64(loc.Off))
 	if err := os.RemoveAll(filepath.Join(crashed, indexDir)); err != nil {
 		t.Fatal(err)
 	}
@@ -360,5 +361,50 @@ func TestForgedRecord(t *testing.T) {
 	}
 	if _, ok, err := r.find(r.ID(chunkOf(1))); err != nil || !ok {
 		t.Errorf("the whole record behind the damaged one does not count: %v", err)
+	}
+}
+
+// A guest writes a chunk that ends like a sealed segment, and the machine stops right behind
+// it: what the guest made up is not believed.
+func TestForgedEnd(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{})
+	rng := rand.New(rand.NewPCG(13, 14))
+	chunk := make([]byte, testChunk)
+	for i := range chunk {
+		chunk[i] = byte(rng.Uint32()) // stored as it is
+	}
+	victim := r.ID(chunkOf(5))
+	const start, end = segmentHeaderSize, segmentHeaderSize + recordHeaderSize + testChunk
+	entries := []tocEntry{{ID: victim, Off: start, Raw: testChunk, Type: chunkRecord}}
+	entries[0].Stored = uint32(end - len(encodeTail(0, entries, 0)) - start - recordHeaderSize)
+	const guess = 0x0102030405060708 // of the segment's generation
+	copy(chunk[end-len(encodeTail(0, entries, 0))-start-recordHeaderSize:], encodeTail(guess, entries, int64(start)+entries[0].size()))
+	s := r.Begin()
+	if _, err := s.Put(r.ID(chunk), chunk); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.appender.flush(); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	crashed := crash(t, dir)
+	if err := os.RemoveAll(filepath.Join(crashed, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.ReadFile(segmentFiles(t, crashed, segmentSuffix)[0])
+	if err != nil || len(file) != end {
+		t.Fatalf("the segment has %d bytes, %v, want %d", len(file), err, end)
+	}
+	if got, err := readEntries(bytesFile{bytes.NewReader(file)}, int64(len(file)), guess); err != nil || got[0].ID != victim {
+		t.Fatalf("the forgery is not what it should be: %v, %v", got, err)
+	}
+	r = open(t, crashed, Options{})
+	if loc, ok, err := r.find(victim); err != nil || ok {
+		t.Errorf("the forged table of contents counts: %+v, %v", loc, err)
+	}
+	if _, ok, err := r.find(r.ID(chunk)); err != nil || !ok {
+		t.Errorf("the record that is there does not count: %v", err)
 	}
 }

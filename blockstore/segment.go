@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,8 +15,7 @@ import (
 )
 
 const (
-	sealedSuffix = ".seg"  // a sealed segment, never written again
-	openSuffix   = ".open" // a segment that is being written, or was when we were stopped
+	segmentSuffix = ".seg"
 
 	// maxOpenSegments is how many sealed segments are kept open for reading.
 	maxOpenSegments = 512
@@ -31,10 +28,10 @@ var errGone = errors.New("segment is gone")
 // segment is one file of records in the live set.
 type segment struct {
 	number, generation uint64
+	path               string
 
 	// The fields below are guarded by segmentSet.mu.
 
-	path      string
 	sealed    bool
 	condemned bool // being collected: no new reference may rest on it
 	summary   summary
@@ -53,15 +50,15 @@ func segmentName(number, generation uint64, suffix string) string {
 }
 
 // parseSegmentName reads the name of a segment's file.
-func parseSegmentName(name string) (number, generation uint64, suffix string, ok bool) {
-	suffix = filepath.Ext(name)
-	a, b, found := strings.Cut(strings.TrimSuffix(name, suffix), "-")
-	if !found || len(a) != 16 || len(b) != 16 {
-		return 0, 0, "", false
+func parseSegmentName(name string) (number, generation uint64, ok bool) {
+	name, ours := strings.CutSuffix(name, segmentSuffix)
+	a, b, found := strings.Cut(name, "-")
+	if !ours || !found || len(a) != 16 || len(b) != 16 {
+		return 0, 0, false
 	}
 	number, err1 := strconv.ParseUint(a, 16, 64)
 	generation, err2 := strconv.ParseUint(b, 16, 64)
-	return number, generation, suffix, err1 == nil && err2 == nil
+	return number, generation, err1 == nil && err2 == nil
 }
 
 // segmentSet is the live set: the segments whose records count. It is safe for
@@ -127,10 +124,9 @@ func (s *segmentSet) acquire(loc location) (*segment, error) {
 		s.opened.MoveToFront(seg.element)
 	}
 	s.closeIdleLocked()
-	path := seg.path
 	s.mu.Unlock()
 
-	if err := seg.open(s, path); err != nil {
+	if err := seg.open(s); err != nil {
 		s.release(seg)
 		return nil, err
 	}
@@ -138,17 +134,13 @@ func (s *segmentSet) acquire(loc location) (*segment, error) {
 }
 
 // open opens the file unless it is open.
-func (seg *segment) open(s *segmentSet, path string) error {
+func (seg *segment) open(s *segmentSet) error {
 	seg.opening.Lock()
 	defer seg.opening.Unlock()
 	if seg.file != nil {
 		return nil
 	}
-	f, err := s.fs.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		// It was sealed, and so renamed, since its path was read.
-		f, err = s.fs.Open(strings.TrimSuffix(path, openSuffix) + sealedSuffix)
-	}
+	f, err := s.fs.Open(seg.path)
 	if err != nil {
 		return err
 	}

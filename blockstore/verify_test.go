@@ -65,7 +65,7 @@ func TestDamage(t *testing.T) {
 					t.Fatal(ok, err)
 				}
 				closeOnce(t, r)
-				flip(t, segmentFiles(t, dir, sealedSuffix)[0], int64(loc.Off)+recordHeaderSize+9)
+				flip(t, segmentFiles(t, dir, segmentSuffix)[0], int64(loc.Off)+recordHeaderSize+9)
 
 				r = open(t, dir, o)
 				d, err := r.OpenDisk(p.ID, "", DiskOptions{})
@@ -112,14 +112,14 @@ func TestDamagedEnvelope(t *testing.T) {
 	c := numbers(1, 20)
 	p := mustBackup(t, r, "vm", c)
 	closeOnce(t, r)
-	path := segmentFiles(t, dir, sealedSuffix)[0]
+	path := segmentFiles(t, dir, segmentSuffix)[0]
 	info, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, off := range []int64{5, info.Size() - footerSize - 100, info.Size() - 5} {
 		copied := crash(t, dir)
-		flip(t, segmentFiles(t, copied, sealedSuffix)[0], off)
+		flip(t, segmentFiles(t, copied, segmentSuffix)[0], off)
 		r := open(t, copied, Options{})
 		v, err := r.Verify(t.Context(), VerifyOptions{})
 		if err != nil || len(v.Errors) != 1 || v.Errors[0].Point != "" || v.Errors[0].Reason == "" {
