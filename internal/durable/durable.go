@@ -74,6 +74,10 @@ type FS interface {
 	// Space returns the bytes that the file system of name has free for us and
 	// in all.
 	Space(name string) (free, total int64, err error)
+	// Immutable reports whether a file carries the immutable attribute: then nobody
+	// can write, rename, link or remove it, which fails with EPERM. Where the file
+	// system has no such attribute, no file carries it.
+	Immutable(name string) (bool, error)
 }
 
 // OS returns the operating system's file system.
@@ -182,6 +186,15 @@ func (osFS) Space(name string) (free, total int64, err error) {
 		return 0, 0, &os.PathError{Op: "statfs", Path: name, Err: err}
 	}
 	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+}
+
+// Source: statx(2), "File attributes".
+func (osFS) Immutable(name string) (bool, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, name, unix.AT_SYMLINK_NOFOLLOW, 0, &st); err != nil {
+		return false, &os.PathError{Op: "statx", Path: name, Err: err}
+	}
+	return st.Attributes&unix.STATX_ATTR_IMMUTABLE != 0, nil
 }
 
 // MkdirAll makes a folder and those above it that are missing. The folder's name and

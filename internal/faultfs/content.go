@@ -241,7 +241,7 @@ func (f *FS) PowerLoss(loss Loss) *FS {
 		}
 		if copies[n] == nil {
 			ch.next()
-			copies[n] = &node{folder: n.folder, linked: true, content: n.afterLoss(ch)}
+			copies[n] = &node{folder: n.folder, linked: true, immutable: n.immutable, content: n.afterLoss(ch)}
 			after.used += copies[n].stored()
 		}
 		after.names[name], after.synced[name] = copies[n], copies[n]

@@ -159,6 +159,8 @@ type node struct {
 	content      // of a file
 	opened  int  // handles
 	linked  bool // it has a name
+	// immutable is the attribute that SetImmutable sets.
+	immutable bool
 }
 
 // change is what happened to a name.
@@ -341,6 +343,9 @@ func (f *FS) open(name string, writable bool) (durable.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	if writable && n.immutable {
+		return nil, &os.PathError{Op: Open.String(), Path: name, Err: syscall.EPERM}
+	}
 	n.opened++
 	return &file{fs: f, name: name, node: n, writable: writable}, nil
 }
@@ -411,8 +416,12 @@ func (f *FS) Rename(oldName, newName string) error {
 	if _, err := f.findLocked(Rename, filepath.Dir(newName), true); err != nil {
 		return err
 	}
-	if before := f.names[newName]; before != nil && before.folder {
+	before := f.names[newName]
+	if before != nil && before.folder {
 		return &os.LinkError{Op: "rename", Old: oldName, New: newName, Err: syscall.EISDIR}
+	}
+	if n.immutable || before != nil && before.immutable {
+		return &os.LinkError{Op: "rename", Old: oldName, New: newName, Err: syscall.EPERM}
 	}
 	f.changeLocked(change{node: n, old: oldName, now: newName})
 	return failed
@@ -430,6 +439,9 @@ func (f *FS) Remove(name string) error {
 	n, err := f.findLocked(Remove, name, false)
 	if err != nil {
 		return err
+	}
+	if n.immutable {
+		return &os.PathError{Op: Remove.String(), Path: name, Err: syscall.EPERM}
 	}
 	f.changeLocked(change{node: n, old: name})
 	return failed
@@ -501,4 +513,25 @@ func (f *FS) Space(name string) (free, total int64, err error) {
 		return 1 << 60, 1 << 60, nil
 	}
 	return max(0, f.size-f.used), f.size, nil
+}
+
+// SetImmutable sets or clears a file's immutable attribute, durably. It keeps the file
+// from being opened for writing, renamed, replaced and removed; handles that are open for
+// writing go on, as on most file systems.
+func (f *FS) SetImmutable(name string, immutable bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n, err := f.findLocked(Open, filepath.Clean(name), false)
+	if err == nil {
+		n.immutable = immutable
+	}
+	return err
+}
+
+// Immutable implements [durable.FS].
+func (f *FS) Immutable(name string) (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n, err := f.findLocked(Open, filepath.Clean(name), false)
+	return err == nil && n.immutable, err
 }

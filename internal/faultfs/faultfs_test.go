@@ -491,3 +491,31 @@ func TestConcurrent(t *testing.T) {
 		}
 	}
 }
+
+// TestImmutable: what carries the attribute stays, over a loss of power too.
+func TestImmutable(t *testing.T) {
+	t.Parallel()
+	fsys := faultfs.New("/d")
+	ok(t, durable.WriteFile(fsys, "/d/a", []byte("a")))
+	ok(t, durable.WriteFile(fsys, "/d/b", []byte("b")))
+	ok(t, fsys.SetImmutable("/d/a", true))
+	for i := range 2 {
+		_, openErr := fsys.OpenWrite("/d/a")
+		for op, err := range map[string]error{
+			"open":    openErr,
+			"rename":  fsys.Rename("/d/a", "/d/c"),
+			"replace": fsys.Rename("/d/b", "/d/a"),
+			"remove":  fsys.Remove("/d/a"),
+		} {
+			if !errors.Is(err, syscall.EPERM) {
+				t.Errorf("%s, after %d losses of power: got %v, want EPERM", op, i, err)
+			}
+		}
+		if got, err := fsys.Immutable("/d/a"); !got || err != nil {
+			t.Errorf("after %d losses of power: got immutable %v %v, want true", i, got, err)
+		}
+		fsys = fsys.PowerLoss(faultfs.LoseAll)
+	}
+	ok(t, fsys.SetImmutable("/d/a", false))
+	ok(t, fsys.Remove("/d/a"))
+}
