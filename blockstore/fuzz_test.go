@@ -104,3 +104,86 @@ func FuzzPoint(f *testing.F) {
 		}
 	})
 }
+
+// Whatever a record holds behind a right checksum, which a fuzzer would not find by itself,
+// opening it ends with an error or with as many plain bytes as its header says.
+func FuzzRecord(f *testing.F) {
+	c, err := newCoder()
+	if err != nil {
+		f.Fatal(err)
+	}
+	compressible := bytes.Repeat([]byte("holdfast "), 200)
+	for _, kind := range []recordType{chunkRecord, nodeRecord} {
+		payload, how, err := c.compress(nil, ID{1}, kind, compressible)
+		if err != nil {
+			f.Fatal(err)
+		}
+		h := recordHeader{Type: kind, Codec: how, Raw: uint32(len(compressible)), Stored: uint32(len(payload)), ID: ID{1}}
+		f.Add(appendRecord(nil, nil, h, payload, segmentHeaderSize))
+	}
+	f.Add(appendRecord(nil, nil, recordHeader{Type: chunkRecord, Raw: 5, Stored: 5}, []byte("plain"), segmentHeaderSize))
+	f.Fuzz(func(t *testing.T, record []byte) {
+		if len(record) < recordHeaderSize {
+			return
+		}
+		sealRecord(record)
+		var id ID
+		copy(id[:], record[16:])
+		h, payload, err := openRecord(nil, record, id, segmentHeaderSize)
+		if err != nil {
+			return
+		}
+		plain, err := c.expand(make([]byte, 0, 4096), payload, h.Codec, int(h.Raw))
+		if err == nil && (len(plain) != int(h.Raw) || len(plain) > maxChunkSize) {
+			t.Fatalf("expanded to %d bytes, want %d", len(plain), h.Raw)
+		}
+	})
+}
+
+// Whatever the end of a segment holds behind right checksums, its records lie side by side
+// before the table of contents.
+func FuzzTail(f *testing.F) {
+	entries := []tocEntry{
+		{ID: ID{1}, Off: segmentHeaderSize, Stored: 100, Raw: 200, Type: chunkRecord, Codec: codecZstd},
+		{ID: ID{2}, Off: segmentHeaderSize + recordHeaderSize + 100, Stored: 50, Raw: nodeSize, Type: nodeRecord, Codec: codecS2},
+	}
+	f.Add(encodeTOC(entries), uint32(len(entries)), uint64(recordsEnd(entries)), uint16(formatVersion))
+	f.Fuzz(func(t *testing.T, toc []byte, records uint32, end uint64, version uint16) {
+		if len(toc) > 1<<16 || end > 1<<20 {
+			return
+		}
+		h := segmentHeader{Number: 1, Generation: uint64(version)}
+		file := append(h.encode(), make([]byte, end)...)[:max(end, segmentHeaderSize)]
+		header := recordHeader{Type: tocRecord, Raw: uint32(len(toc)), Stored: uint32(len(toc))}
+		file = appendRecord(file, nil, header, toc, int64(len(file)))
+		file = append(file, footer{TOC: end, Records: records, Generation: h.Generation}.encode()...)
+		got, err := readEntries(bytesFile{bytes.NewReader(file)}, int64(len(file)), h.Generation)
+		if err != nil {
+			return
+		}
+		next := int64(segmentHeaderSize)
+		for _, e := range got {
+			if int64(e.Off) != next || e.Raw > maxChunkSize || e.Stored > maxPayload {
+				t.Fatalf("entry %+v, expected at %d", e, next)
+			}
+			next += e.size()
+		}
+		if next != int64(end) || len(got) != int(records) {
+			t.Fatalf("%d records up to %d, want %d up to %d", len(got), next, records, end)
+		}
+	})
+}
+
+// Whatever the index holds for a key, reading it ends, and what is read is what was written.
+func FuzzIndexValue(f *testing.F) {
+	f.Add(location{Segment: 1, Generation: 2, Off: 3, Stored: 4, Ordinal: 5}.encode())
+	f.Add(summary{Generation: 1, Size: 2, Records: 3, Chunks: 4, ChunkBytes: 5, VerifiedSec: 6}.encode())
+	f.Fuzz(func(t *testing.T, value []byte) {
+		if loc, err := decodeLocation(value); err == nil && !bytes.Equal(loc.encode(), value) {
+			t.Fatalf("location %+v was %x", loc, value)
+		}
+		if sum, err := decodeSummary(value); err == nil && !bytes.Equal(sum.encode(), value) {
+			t.Fatalf("summary %+v was %x", sum, value)
+		}
+	})
+}
