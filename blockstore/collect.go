@@ -211,6 +211,9 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 			return err
 		}
 		entries, err := c.r.entries(seg)
+		if away(err) {
+			return err
+		}
 		if err != nil {
 			c.leave(seg, err)
 			continue
@@ -369,7 +372,7 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 		h, payload, err := seg.record(buf, e.ID, e.Off, e.Stored)
 		if err != nil {
 			c.r.claims.drop(e.ID, cl)
-			return 0, &CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err}
+			return 0, damage(&CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err})
 		}
 		if err := c.r.checkSpace(collectShare); err != nil {
 			c.r.claims.drop(e.ID, cl)

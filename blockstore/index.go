@@ -11,7 +11,6 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
-	"golang.org/x/sys/unix"
 )
 
 // location is where a chunk's record is.
@@ -129,7 +128,7 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 		WithBypassLockGuard(true). // the repository's lock is enough
 		WithMetricsEnabled(false)
 	db, err := opts.openDB(o)
-	if err != nil && !lacksMeans(err) {
+	if err != nil && !away(err) {
 		// A kill in the wrong moment leaves files that BadgerDB doesn't open, such as
 		// a value log that was created and has no bytes yet. The index is a cache:
 		// it is made anew from the segments.
@@ -143,20 +142,6 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 		return nil, fmt.Errorf("open index %s: %w", dir, err)
 	}
 	return &index{db: db}, nil
-}
-
-// lacksMeans reports whether err says that the system refuses what opening a
-// sound index needs too.
-func lacksMeans(err error) bool {
-	for _, errno := range []error{
-		unix.ENOSPC, unix.EDQUOT, unix.EROFS, unix.EACCES, unix.EPERM,
-		unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EBUSY,
-	} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
 }
 
 func (x *index) close() error { return x.db.Close() }

@@ -221,6 +221,9 @@ func (r *Repository) loadPoints() error {
 		if err == nil {
 			p, err = decodePoint(data, id, r.keys, r.chunkSize)
 		}
+		if away(err) {
+			return err
+		}
 		if err != nil {
 			r.log.Error("point cannot be read", attrPath(path), attrErr(err))
 			r.damagedPoints[id] = err

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
@@ -67,10 +68,21 @@ func (r *Repository) loadSegment(seg *segment) error {
 		return r.enterRecords(seg, entries, size)
 	case errors.Is(err, errUnsealed):
 		return r.recoverSegment(seg, f, size)
-	}
-	r.log.Error("the end of a segment cannot be read; its records are read instead", attrSegment(seg), attrErr(err))
-	if entries, err = r.scan(f, seg.number, seg.generation, size); err != nil {
+	case away(err):
 		return err
+	}
+	_, unread := errors.AsType[syscall.Errno](err)
+	r.log.Error("the end of a segment cannot be read; its records are read instead", attrSegment(seg), attrErr(err))
+	reads := &readFailures{File: f}
+	if entries, err = r.scan(reads, seg.number, seg.generation, size); err != nil {
+		return err
+	}
+	if away(reads.err) {
+		return reads.err
+	}
+	if unread || reads.err != nil {
+		// The next attempt may read it all: this one is not remembered.
+		return r.enterUnlisted(seg, entries, size)
 	}
 	return r.enterRecords(seg, entries, size)
 }
@@ -80,13 +92,25 @@ func (r *Repository) loadSegment(seg *segment) error {
 // whole ones may be what a loss of power left of bytes that were not durable, or damage; its
 // id is not entered.
 func (r *Repository) recoverSegment(seg *segment, f durable.File, size int64) error {
-	_, headerErr := readSegmentHeader(f)
-	entries, err := r.scan(f, seg.number, seg.generation, size)
+	reads := &readFailures{File: f}
+	_, headerErr := readSegmentHeader(reads)
+	entries, err := r.scan(reads, seg.number, seg.generation, size)
 	if err != nil {
 		return err
 	}
 	for len(entries) > 0 && entries[len(entries)-1].ID.IsNull() {
 		entries = entries[:len(entries)-1]
+	}
+	if away(reads.err) {
+		return reads.err
+	}
+	if reads.err != nil {
+		// What cannot be read may be durable records, and a later attempt may read them.
+		r.log.Error("a part of a segment cannot be read; it is left as it is", attrSegment(seg), attrErr(reads.err))
+		if err := f.Sync(); err != nil { // the records may be in memory only
+			return err
+		}
+		return r.enterUnlisted(seg, entries, size)
 	}
 	if len(entries) == 0 && size <= segmentHeaderSize+writeSize+maxPayload {
 		// All that the first write to it left.
@@ -131,6 +155,18 @@ func (r *Repository) enterRecords(seg *segment, entries []tocEntry, size int64) 
 
 // errUnsealed means that a segment does not end as a sealed one does.
 var errUnsealed = errors.New("the segment has no table of contents at its end")
+
+// errUnlisted is of a segment that enterUnlisted entered.
+var errUnlisted = errors.New("it could not be read whole when the repository was opened")
+
+// enterUnlisted is enterRecords for a segment that could not be read whole. The next opening
+// tries again; until then it is not collected, for its records may have other ordinals.
+func (r *Repository) enterUnlisted(seg *segment, entries []tocEntry, size int64) error {
+	seg.unlisted = true
+	seg.summary = summarize(seg.generation, entries, size)
+	r.segments.add(seg)
+	return r.enter(seg, entries, 0, nil)
+}
 
 // readEntries reads the table of contents of a sealed segment. The error wraps errUnsealed
 // if what could be read is none.
@@ -316,6 +352,9 @@ func (r *Repository) reindexOnce() error {
 func (r *Repository) enterMissing(seg *segment) error {
 	records, err := r.entries(seg)
 	if err != nil {
+		if away(err) {
+			return err
+		}
 		if !errors.Is(err, errGone) { // collected meanwhile
 			r.log.Error("segment's records cannot be listed", attrSegment(seg), attrErr(err))
 		}
@@ -365,9 +404,12 @@ func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
 	if err != nil {
 		return nil, err
 	}
+	if seg.unlisted {
+		return nil, &CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: size, Err: errUnlisted}
+	}
 	entries, err := readEntries(opened.file, size, seg.generation)
 	if err != nil {
-		return nil, &CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: size, Err: err}
+		return nil, damage(&CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: size, Err: err})
 	}
 	return entries, nil
 }

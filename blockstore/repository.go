@@ -238,7 +238,7 @@ func (r *Repository) find(id ID) (location, bool, error) {
 // load reads a chunk or node, whose plain length is len(dst), into dst. Up to decodeSlack
 // bytes behind it, in its capacity, are undefined afterwards. With
 // check its hash is compared, too. The error wraps ErrDamaged if the
-// bytes are not there or not right.
+// bytes are not there or not right, but not if storage is away.
 func (r *Repository) load(id ID, kind recordType, dst []byte, check bool) error {
 	err := r.loadRetrying(id, kind, dst, check)
 	if errors.Is(err, ErrDamaged) && !r.Damaged(id) {
@@ -302,7 +302,7 @@ func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) er
 		err = errors.New("content does not have this hash")
 	}
 	if err != nil {
-		return &CorruptError{ID: id, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(loc.Off), Err: err}
+		return damage(&CorruptError{ID: id, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(loc.Off), Err: err})
 	}
 	return nil
 }

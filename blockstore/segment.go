@@ -29,6 +29,7 @@ var errGone = errors.New("segment is gone")
 type segment struct {
 	number, generation uint64
 	path               string
+	unlisted           bool // see Repository.enterUnlisted
 
 	// The fields below are guarded by segmentSet.mu.
 
@@ -128,7 +129,7 @@ func (s *segmentSet) acquire(loc location) (*segment, error) {
 
 	if err := seg.open(s); err != nil {
 		s.release(seg)
-		return nil, err
+		return nil, damage(&CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: int64(loc.Off), Err: err})
 	}
 	return seg, nil
 }

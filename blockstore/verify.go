@@ -191,9 +191,15 @@ func (v *verification) envelopes(ctx context.Context) error {
 		if errors.Is(err, errGone) {
 			continue
 		}
+		if away(err) {
+			return err
+		}
 		v.unlisted[seg.number] = err != nil
 		if err == nil {
 			err = v.r.checkHeader(seg)
+		}
+		if away(err) {
+			return err
 		}
 		if err != nil && !errors.Is(err, errGone) {
 			v.add(VerifyError{Reason: fmt.Sprintf("segment %s, beside its records: %v", segmentName(seg.number, seg.generation, ""), err)})
@@ -274,6 +280,9 @@ func (v *verification) segment(ctx context.Context, seg *segment, want int64) er
 			continue
 		}
 		err := v.check(opened, e, record, plain)
+		if away(err) {
+			return fmt.Errorf("segment %s, offset %d: %w", seg.path, e.Off, err)
+		}
 		if err != nil {
 			v.fail(e.ID, &CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err})
 		}
