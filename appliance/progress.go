@@ -7,8 +7,8 @@ type Unit string
 
 // The units.
 const (
-	Bytes    Unit = "bytes"
-	Segments Unit = "segments"
+	Bytes Unit = "bytes"
+	Nodes Unit = "map nodes"
 )
 
 // Progress tells how far long work is.

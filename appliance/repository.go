@@ -62,8 +62,12 @@ func (a *Appliance) Collect(ctx context.Context, o CollectOptions, progress func
 	}
 	options := blockstore.CollectOptions{DryRun: o.DryRun, MaxUnused: o.MaxUnusedPercent / 100}
 	if progress != nil {
-		options.Progress = func(done, total int) {
-			progress(Progress{Subject: "collect", Done: int64(done), Total: int64(total), Unit: Segments})
+		options.Progress = func(now blockstore.CollectProgress) {
+			unit := Nodes
+			if now.Phase == blockstore.PhaseSweep {
+				unit = Bytes
+			}
+			progress(Progress{Subject: "collect: " + string(now.Phase), Done: now.Done, Total: now.Total, Unit: unit})
 		}
 	}
 	result, err := a.repo.Collect(ctx, options)

@@ -5,9 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"os"
+	"maps"
 	"slices"
+	"time"
 )
 
 // CollectOptions say how much a collection does. The zero value gives back
@@ -18,8 +18,25 @@ type CollectOptions struct {
 	// MaxUnused is the share of dead bytes, 0 to 1, that a segment may
 	// keep. Taking a dead record out of a segment copies the live ones.
 	MaxUnused float64
-	// Progress, if set, hears of segments looked at, and how many there are.
-	Progress func(done, total int)
+	// Progress, if set, hears how far the collection is.
+	Progress func(CollectProgress)
+}
+
+// CollectPhase is a part of a collection.
+type CollectPhase string
+
+// The phases. Mark comes once, then sweep and confirm, in turn if there is much to
+// take.
+const (
+	PhaseMark    CollectPhase = "mark"    // finds what is needed: map nodes
+	PhaseSweep   CollectPhase = "sweep"   // takes segments out of use: bytes
+	PhaseConfirm CollectPhase = "confirm" // proves that nothing of them is missed: map nodes
+)
+
+// CollectProgress tells how far a phase is. Total of map nodes is the most that there can be.
+type CollectProgress struct {
+	Phase       CollectPhase
+	Done, Total int64
 }
 
 // CollectResult tells what a collection found and did.
@@ -64,52 +81,94 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 	}
 	c := &collection{r: r, o: o, live: marks{}, walked: walkedNodes{}}
 	candidates := r.segments.sealedSegments()
-	roots := c.begin()
+	roots := c.begin(candidates)
 	defer c.end()
+	last := map[string]Map{} // of each disk, the map that was marked last
 	for _, root := range roots {
-		if err := c.mark(ctx, r.tree(root)); err != nil {
-			return CollectResult{}, fmt.Errorf("collect: %w", err)
+		if err := c.mark(ctx, r.tree(root.m), r.tree(last[root.disk])); err != nil {
+			return CollectResult{}, fmt.Errorf("collect: %s: %w", root.label, err)
 		}
+		last[root.disk] = root.m
 	}
 	err := c.sweep(ctx, candidates)
+	if err != nil {
+		err = errors.Join(err, c.putBack())
+	}
 	return c.result, err
 }
 
 // collection is one run of Collect.
 type collection struct {
-	r      *Repository
-	o      CollectOptions
-	live   marks // of this goroutine
-	walked walkedNodes
-	result CollectResult
+	r          *Repository
+	o          CollectOptions
+	live       marks // of this goroutine
+	walked     walkedNodes
+	marked     int64 // nodes that were walked
+	nodes      int64 // in the segments at the start
+	quarantine quarantine
+	slice      time.Time // when the work began that pace measures
+	result     CollectResult
+}
+
+// root is a map that is needed.
+type root struct {
+	m     Map
+	disk  string // roots with the same one are much alike
+	label string
+}
+
+// roots returns the maps that are needed, those of one disk one after the other.
+func (r *Repository) roots() []root {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.rootsLocked()
+}
+
+func (r *Repository) rootsLocked() []root {
+	var roots []root
+	points := slices.SortedFunc(maps.Values(r.points), func(a, b Point) int {
+		return cmp.Or(cmp.Compare(a.VM, b.VM), a.Time.Compare(b.Time))
+	})
+	for _, p := range points {
+		for _, d := range p.Disks {
+			roots = append(roots, root{d.Map, p.VM + "/" + d.Name, fmt.Sprintf("disk %s of %s, point %.8s", d.Name, p.VM, p.ID)})
+		}
+	}
+	for m := range r.pins {
+		roots = append(roots, root{m, "", "an open disk"})
+	}
+	return roots
 }
 
 // begin returns the maps that are needed. From here on the marks of sessions
 // that end are kept, too. A map that a session takes as its base later was
 // listed or pinned now, or made by a session that runs now.
-func (c *collection) begin() []Map {
+func (c *collection) begin(candidates []*segment) []root {
 	r := c.r
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.segments.mu.Lock()
+	defer r.segments.mu.Unlock()
 	r.segments.live = marks{}
-	r.segments.mu.Unlock()
-	var roots []Map
-	for _, p := range r.points {
-		for _, d := range p.Disks {
-			roots = append(roots, d.Map)
-		}
+	records := 0
+	for _, seg := range candidates {
+		c.nodes += int64(seg.summary.Records - seg.summary.Chunks)
+		records += int(seg.summary.Records)
 	}
-	for m := range r.pins {
-		roots = append(roots, m)
-	}
-	return roots
+	c.quarantine.limit = max(minQuarantine, records/64)
+	return r.rootsLocked()
 }
 
 func (c *collection) end() {
 	c.r.segments.mu.Lock()
 	defer c.r.segments.mu.Unlock()
 	c.r.segments.live = nil
+}
+
+func (c *collection) progress(phase CollectPhase, done, total int64) {
+	if c.o.Progress != nil {
+		c.o.Progress(CollectProgress{phase, min(done, total), total})
+	}
 }
 
 // walkedNodes are the nodes that a walk over trees has been at, by level: of two points
@@ -127,9 +186,9 @@ func (w walkedNodes) add(level int, loc location) bool {
 	return m.set(loc)
 }
 
-// mark marks a subtree.
-func (c *collection) mark(ctx context.Context, t tree) error {
-	if t.id.IsNull() {
+// mark marks a subtree. What it has in common with like, which was marked, is passed over.
+func (c *collection) mark(ctx context.Context, t, like tree) error {
+	if t.id.IsNull() || t == like {
 		return nil
 	}
 	loc, ok, err := c.r.locate(t.id)
@@ -146,15 +205,25 @@ func (c *collection) mark(ctx context.Context, t tree) error {
 	if t.level == 0 || !c.walked.add(t.level, loc) {
 		return nil
 	}
-	if err := ctx.Err(); err != nil {
+	if err := c.pace(ctx); err != nil {
 		return err
 	}
 	n, err := c.r.node(t.id)
 	if err != nil {
 		return fmt.Errorf("a map node cannot be read, so nobody knows which chunks it needs; nothing was collected; verify tells which points need it: delete them first: %w", err)
 	}
+	c.marked++
+	c.progress(PhaseMark, c.marked, c.nodes)
+	var alike Node
+	if like.level == t.level {
+		alike, _ = c.r.node(like.id) // it only saves work
+	}
 	for i := range Fanout {
-		if err := c.mark(ctx, t.child(n, i)); err != nil {
+		below := tree{level: -1}
+		if alike != nil {
+			below = like.child(alike, i)
+		}
+		if err := c.mark(ctx, t.child(n, i), below); err != nil {
 			return err
 		}
 	}
@@ -196,10 +265,36 @@ type candidate struct {
 	worth     bool
 }
 
-// sweep removes or rewrites the segments that are worth it, the deadest first: on a full
+// sweep takes the segments that are worth it out of use, the deadest first: on a full
 // disk they give the space to rewrite the others.
 func (c *collection) sweep(ctx context.Context, segments []*segment) error {
-	var todo []candidate
+	todo, total, err := c.candidates(ctx, segments)
+	if err != nil {
+		return err
+	}
+	var done int64
+	for _, cand := range todo {
+		if err := c.pace(ctx); err != nil {
+			return err
+		}
+		c.progress(PhaseSweep, done, total)
+		if cand.worth && !c.o.DryRun {
+			if err := c.take(ctx, cand); err != nil {
+				return fmt.Errorf("collect segment %s: %w", cand.seg.path, err)
+			}
+		}
+		done += cand.seg.summary.Size
+	}
+	if err := c.release(ctx); err != nil {
+		return fmt.Errorf("collect: %w", err)
+	}
+	c.progress(PhaseSweep, total, total)
+	return c.r.appender.finish()
+}
+
+// candidates returns the segments that can be collected, the deadest first, and what they
+// take, bytes.
+func (c *collection) candidates(ctx context.Context, segments []*segment) (todo []candidate, size int64, err error) {
 	small := 0
 	for _, seg := range segments {
 		if seg.summary.Size < c.r.segmentSize/smallShare {
@@ -207,12 +302,12 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		}
 	}
 	for _, seg := range segments {
-		if err := ctx.Err(); err != nil {
-			return err
+		if err := c.pace(ctx); err != nil {
+			return nil, 0, err
 		}
 		entries, err := c.r.entries(seg)
 		if away(err) {
-			return err
+			return nil, 0, err
 		}
 		if err != nil {
 			c.leave(seg, err)
@@ -224,24 +319,35 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		cand.worth = dead > 0 && float64(dead) >= c.o.MaxUnused*float64(total) ||
 			small >= smallCount && seg.summary.Size < c.r.segmentSize/smallShare
 		todo = append(todo, cand)
+		size += seg.summary.Size
 	}
 	slices.SortStableFunc(todo, func(a, b candidate) int {
 		return cmp.Compare(float64(b.deadBytes)/float64(b.seg.summary.Size), float64(a.deadBytes)/float64(a.seg.summary.Size))
 	})
-	for i, cand := range todo {
-		if err := ctx.Err(); err != nil {
+	return todo, size, nil
+}
+
+// take puts a segment into quarantine, which is emptied before if there is no room, in memory
+// or on disk.
+func (c *collection) take(ctx context.Context, cand candidate) error {
+	q := &c.quarantine
+	short, err := c.short(cand.seg.summary.Size - cand.deadBytes)
+	if err != nil {
+		return err
+	}
+	if short || len(q.prefixes)+int(cand.seg.summary.Records) > q.limit {
+		if err := c.release(ctx); err != nil {
 			return err
 		}
-		if cand.worth && !c.o.DryRun {
-			if err := c.rewrite(ctx, cand.seg); err != nil {
-				return fmt.Errorf("collect segment %s: %w", cand.seg.path, err)
-			}
-		}
-		if c.o.Progress != nil {
-			c.o.Progress(i+1, len(todo))
-		}
 	}
-	return c.r.appender.finish()
+	err = c.rewrite(ctx, cand.seg)
+	if errors.Is(err, ErrNoSpace) && len(q.segments) > 0 {
+		if err := c.release(ctx); err != nil {
+			return err
+		}
+		err = c.rewrite(ctx, cand.seg)
+	}
+	return err
 }
 
 // leave passes over a segment whose list of records is not to be relied on: which
@@ -268,9 +374,12 @@ func (c *collection) count(seg *segment, entries []tocEntry) (total, dead int64)
 	return total, dead
 }
 
-// rewrite copies what is needed out of a segment and removes it.
+// rewrite copies what is needed out of a segment and puts it into quarantine.
 func (c *collection) rewrite(ctx context.Context, seg *segment) error {
 	entries, err := c.r.entries(seg)
+	if away(err) {
+		return err
+	}
 	if err != nil {
 		c.leave(seg, err)
 		return nil
@@ -297,21 +406,12 @@ func (c *collection) rewrite(ctx context.Context, seg *segment) error {
 		}
 		return err
 	}
-	if err := c.forget(seg, entries, needed); err != nil {
-		return err
-	}
-	// All that is needed is durable elsewhere and in the index. Stopped here, the
-	// next collection finds the segment dead.
+	// All that is needed is durable elsewhere and in the index. Stopped from here on, the
+	// next opening enters the segment again, and the next collection finds it dead.
+	err = c.forget(seg, entries, needed)
 	set.drop(seg)
-	if err := c.r.fs.Remove(seg.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if err := c.r.fs.SyncDir(set.dir); err != nil {
-		return err
-	}
-	c.result.FreedBytes += seg.summary.Size - copied
-	c.r.log.Debug("collected a segment", attrSegment(seg), slog.Int64("freed_bytes", seg.summary.Size-copied))
-	return nil
+	c.quarantine.add(seg, entries, copied)
+	return err
 }
 
 // copyOut stores the needed records of a segment elsewhere, durably, and returns
@@ -328,7 +428,7 @@ func (c *collection) copyOut(ctx context.Context, seg *segment, entries []tocEnt
 		if !needed[i] {
 			continue
 		}
-		if err := ctx.Err(); err != nil {
+		if err := c.pace(ctx); err != nil {
 			return copied, err
 		}
 		if cap(buf) < int(e.size()) {
@@ -410,6 +510,10 @@ func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) err
 		}
 	}()
 	return c.r.index.write(func(w indexWrite) error {
+		// Without a summary the next opening enters the segment anew.
+		if err := w.removeSummary(seg.number); err != nil {
+			return err
+		}
 		for i, e := range entries {
 			if needed[i] || held[e.ID] != nil {
 				continue
@@ -432,6 +536,6 @@ func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) err
 			c.r.nodes.drop(e.ID)
 			c.r.chunks.drop(e.ID)
 		}
-		return w.removeSummary(seg.number)
+		return nil
 	})
 }

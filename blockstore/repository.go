@@ -218,13 +218,15 @@ func (r *Repository) checkSpace(share int64) error {
 	if err != nil {
 		return err
 	}
-	reserve := min(max(total/32, minReserve), maxReserve) / share
-	if free < reserve {
+	if keep := reserve(total) / share; free < keep {
 		return fmt.Errorf("%w: %s has %d MiB free, and %d MiB are kept for deleting and collecting; delete points and collect, or enlarge it",
-			ErrNoSpace, r.dir, free>>20, reserve>>20)
+			ErrNoSpace, r.dir, free>>20, keep>>20)
 	}
 	return nil
 }
+
+// reserve is what is kept free on a file system, bytes.
+func reserve(total int64) int64 { return min(max(total/32, minReserve), maxReserve) }
 
 // find returns where a chunk is.
 func (r *Repository) find(id ID) (location, bool, error) {

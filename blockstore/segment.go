@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -99,7 +101,7 @@ func (s *segmentSet) holdsLocked(loc location) (*segment, bool) {
 // protect makes a session's claim to a record, so that no collection takes
 // it before the session ends. False means that the record does not
 // count: it is gone or about to go.
-func (s *segmentSet) protect(session *Session, loc location) bool {
+func (s *segmentSet) protect(session *Session, id ID, loc location) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	seg, ok := s.holdsLocked(loc)
@@ -107,7 +109,35 @@ func (s *segmentSet) protect(session *Session, loc location) bool {
 		return false
 	}
 	session.marks.set(loc)
+	session.loose[id] = struct{}{}
 	return true
+}
+
+// listed remembers that a session has put a node, and so needs its children.
+func (s *segmentSet) listed(session *Session, node ID, children *[Fanout]ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	session.nodes[node] = struct{}{}
+	for i := range children {
+		delete(session.loose, children[i])
+	}
+}
+
+// sessionNeeds are the ids that a session rests on.
+type sessionNeeds struct {
+	session      *Session
+	nodes, loose []ID
+}
+
+// sessionNeeds returns what the sessions that run rest on.
+func (s *segmentSet) sessionNeeds() []sessionNeeds {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []sessionNeeds
+	for session := range s.sessions {
+		out = append(out, sessionNeeds{session, slices.Collect(maps.Keys(session.nodes)), slices.Collect(maps.Keys(session.loose))})
+	}
+	return out
 }
 
 // acquire opens the segment of a location for reading. The caller releases it.

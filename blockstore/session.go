@@ -17,13 +17,17 @@ import (
 type Session struct {
 	r     *Repository
 	epoch uint64
-	marks marks // guarded by segmentSet.mu
 	bases []Map
+
+	// Guarded by segmentSet.mu. A collection decides by the marks and confirms by the ids.
+	marks marks
+	nodes map[ID]struct{} // map nodes that were put
+	loose map[ID]struct{} // what was put and no node lists yet
 }
 
 // Begin starts a session. It must be closed.
 func (r *Repository) Begin() *Session {
-	s := &Session{r: r, epoch: r.appender.begin(), marks: marks{}}
+	s := &Session{r: r, epoch: r.appender.begin(), marks: marks{}, nodes: map[ID]struct{}{}, loose: map[ID]struct{}{}}
 	r.segments.mu.Lock()
 	defer r.segments.mu.Unlock()
 	r.segments.sessions[s] = struct{}{}
@@ -125,6 +129,9 @@ func (s *Session) PutNode(children *[Fanout]ID) (ID, Stored, error) {
 	}
 	id := s.r.hash(nodeRecord, data)
 	stored, err := s.put(id, nodeRecord, data)
+	if err == nil {
+		s.r.segments.listed(s, id, children)
+	}
 	return id, stored, err
 }
 
@@ -139,7 +146,7 @@ func (s *Session) put(id ID, kind recordType, data []byte) (Stored, error) {
 		}
 		// Somebody is storing it; that takes as long as compressing a chunk.
 		<-c.ready
-		if c.found && s.r.segments.protect(s, c.loc) {
+		if c.found && s.r.segments.protect(s, id, c.loc) {
 			return Stored{}, nil
 		}
 	}
@@ -153,7 +160,7 @@ func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, 
 		s.r.claims.drop(id, c)
 		return Stored{}, err
 	}
-	if ok && !s.r.Damaged(id) && s.r.segments.protect(s, loc) {
+	if ok && !s.r.Damaged(id) && s.r.segments.protect(s, id, loc) {
 		s.r.claims.drop(id, c)
 		return Stored{}, nil
 	}
@@ -170,7 +177,7 @@ func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, 
 		s.r.claims.drop(id, c)
 		return Stored{}, err
 	}
-	if !s.r.segments.protect(s, loc) {
+	if !s.r.segments.protect(s, id, loc) {
 		// Its segment has failed, or was sealed, found dead and condemned before the mark
 		// was set.
 		s.r.claims.drop(id, c)

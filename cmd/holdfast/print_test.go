@@ -74,7 +74,7 @@ func TestProgressLine(t *testing.T) {
 	}{
 		{appliance.Progress{Subject: "vda", Done: 0, Total: 4 << 30, Unit: appliance.Bytes}, time.Minute, "vda: 0 B of 4 GiB"},
 		{appliance.Progress{Subject: "vda", Done: 1 << 30, Total: 4 << 30, Unit: appliance.Bytes}, 10 * time.Second, "vda: 1 GiB of 4 GiB, 25 %, 102.4 MiB/s, 30s left"},
-		{appliance.Progress{Subject: "collect", Done: 1, Total: 2, Unit: appliance.Segments}, time.Millisecond, "collect: 1 of 2 segments, 50 %"},
+		{appliance.Progress{Subject: "collect", Done: 1, Total: 2, Unit: appliance.Nodes}, time.Millisecond, "collect: 1 of 2 map nodes, 50 %"},
 		{appliance.Progress{Subject: "vda", Total: 0, Unit: appliance.Bytes}, time.Minute, "vda: 0 B of 0 B"},
 	} {
 		if got := progressLine(tt.p, tt.elapsed); got != tt.want {
@@ -90,7 +90,7 @@ func TestProgress(t *testing.T) {
 	show := func(t *testing.T, c *console) {
 		synctest.Test(t, func(t *testing.T) {
 			for i := range int64(25) {
-				c.progress(appliance.Progress{Subject: "vda", Done: i, Total: 25, Unit: appliance.Segments})
+				c.progress(appliance.Progress{Subject: "vda", Done: i, Total: 25, Unit: appliance.Nodes})
 				time.Sleep(time.Second)
 			}
 			if _, err := c.Write([]byte("done\n")); err != nil {

@@ -1,0 +1,234 @@
+package blockstore
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+// Something forgets to mark what is needed. The confirmation finds it, and nothing is lost.
+func TestConfirmation(t *testing.T) {
+	t.Parallel()
+	c, doomed := numbers(1, 60), numbers(30, 60) // half of it in segments of which much is needed
+	for _, tt := range []struct {
+		name string
+		// need makes something that needs c; what it returns is called once the marks are there and
+		// takes them away, and afterwards uses c.
+		need func(t *testing.T, r *Repository) (forget func(), use func() PointID)
+	}{
+		{"point", func(t *testing.T, r *Repository) (func(), func() PointID) {
+			p := mustBackup(t, r, "vm", c)
+			delete(r.points, p.ID)
+			return func() { r.points[p.ID] = p }, func() PointID { return p.ID }
+		}},
+		{"open disk", func(t *testing.T, r *Repository) (func(), func() PointID) {
+			p := mustBackup(t, r, "vm", c)
+			d, err := r.OpenDisk(p.ID, "vda", DiskOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.DeletePoint(p.ID); err != nil {
+				t.Fatal(err)
+			}
+			r.pins = map[Map]int{}
+			return func() { r.pins[d.Map()] = 1 }, func() PointID {
+				b := make([]byte, d.Size())
+				if _, err := d.ReadAt(b, 0); err != nil || string(b) != string(c.bytes()) {
+					t.Errorf("the disk that is open: %v", err)
+				}
+				d.Close()
+				return ""
+			}
+		}},
+		{"session", func(t *testing.T, r *Repository) (func(), func() PointID) {
+			s := r.Begin()
+			m, err := store(t, s, c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() { s.marks = marks{} }, func() PointID {
+				defer s.Close()
+				return commit(t, s, m)
+			}
+		}},
+		{"session before its first leaf", func(t *testing.T, r *Repository) (func(), func() PointID) {
+			s := r.Begin()
+			var children [Fanout]ID
+			for i, n := range c {
+				children[i] = r.ID(chunkOf(n))
+				if _, err := s.Put(children[i], chunkOf(n)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return func() { s.marks = marks{} }, func() PointID {
+				defer s.Close()
+				root, _, err := s.PutNode(&children)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return commit(t, s, Map{Root: root, Size: int64(len(c)) * testChunk})
+			}
+		}},
+		{"session that ended meanwhile", func(t *testing.T, r *Repository) (func(), func() PointID) {
+			s := r.Begin()
+			m, err := store(t, s, c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var id PointID
+			return func() {
+				id = commit(t, s, m)
+				s.Close()
+				r.segments.live = marks{}
+			}, func() PointID { return id }
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := create(t, CreateOptions{})
+			r := open(t, dir, Options{SegmentSize: 128 << 10})
+			gone := mustBackup(t, r, "x", doomed)
+			other := mustBackup(t, r, "y", numbers(80, 20))
+			forget, use := tt.need(t, r)
+			if err := r.DeletePoint(gone.ID); err != nil {
+				t.Fatal(err)
+			}
+			var crashed string
+			_, err := r.Collect(t.Context(), CollectOptions{Progress: func(p CollectProgress) {
+				switch {
+				case p.Phase == PhaseSweep && forget != nil:
+					forget()
+					forget = nil
+				case p.Phase == PhaseConfirm && crashed == "":
+					crashed = crash(t, dir)
+				}
+			}})
+			if err == nil || !strings.Contains(err.Error(), "internal error") {
+				t.Errorf("collect: got %v, want an internal error", err)
+			}
+			check := func(r *Repository, id PointID) {
+				if id != "" {
+					checkDisk(t, r, id, c)
+				}
+				checkDisk(t, r, other.ID, numbers(80, 20))
+				checkSound(t, r)
+			}
+			id := use()
+			check(r, id)
+			for range 2 { // the copies of what was needed count, and the next collection takes what does not
+				if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
+					t.Errorf("the next collection: %v", err)
+				}
+				check(r, id)
+				closeOnce(t, r)
+				r = open(t, dir, Options{})
+			}
+			r = open(t, crashed, Options{})
+			if _, err := r.Point(id); err != nil {
+				id = "" // it came later
+			}
+			check(r, id)
+		})
+	}
+}
+
+// commit lists a point of one disk.
+func commit(t *testing.T, s *Session, m Map) PointID {
+	t.Helper()
+	p, err := s.Commit(t.Context(), Point{ID: NewPointID(), VM: "vm", Disks: []PointDisk{{Name: "vda", Map: m}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.ID
+}
+
+// A collection is interrupted at any moment: nothing is lost, what it had in quarantine is live again,
+// and the next one takes it.
+func TestCollectInterrupted(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{SegmentSize: 64 << 10})
+	kept := mustBackup(t, r, "vm", numbers(1, 40))
+	for steps := 1; ; steps++ {
+		var c content
+		for n := range uint32(40) {
+			c = append(c, 1+n, 100+n)
+		}
+		doomed := mustBackup(t, r, "vm", c)
+		if err := r.DeletePoint(doomed.ID); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		asked, confirming := 0, false
+		_, err := r.Collect(watchedContext{ctx, func() {
+			if asked++; asked == steps*7 {
+				cancel()
+			}
+		}}, CollectOptions{Progress: func(p CollectProgress) { confirming = p.Phase == PhaseConfirm }})
+		cancel()
+		if err != nil && !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want %v", err, context.Canceled)
+		}
+		if confirming && r.Stats().Chunks < 80 {
+			t.Errorf("interrupted while confirming: %d chunks are there, want all", r.Stats().Chunks)
+		}
+		checkDisk(t, r, kept.ID, numbers(1, 40))
+		checkSound(t, r)
+		if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Stats().Chunks; got != 40 {
+			t.Errorf("after the next collection: got %d chunks, want 40", got)
+		}
+		if err == nil {
+			return
+		}
+	}
+}
+
+// shortFS has as much space left as it is told.
+type shortFS struct {
+	durable.FS
+	free int64
+}
+
+func (f *shortFS) Space(string) (free, total int64, err error) { return f.free, 512 << 20, nil }
+
+// Where space is short, what is dead goes early.
+func TestCollectShortOfSpace(t *testing.T) {
+	t.Parallel()
+	rng := rand.New(rand.NewPCG(5, 6))
+	for _, short := range []bool{false, true} {
+		fs := &shortFS{durable.OS(), 100 << 20}
+		r := open(t, create(t, CreateOptions{}), Options{fs: fs})
+		kept := mustBackup(t, r, "vm", numbers(1, 20))
+		var c content
+		for range 800 {
+			c = append(c, 1000+rng.Uint32N(1<<20))
+		}
+		if err := r.DeletePoint(mustBackup(t, r, "vm", c).ID); err != nil {
+			t.Fatal(err)
+		}
+		if short {
+			fs.free = minReserve - 1<<20
+		}
+		confirmations, last := 0, PhaseMark
+		_, err := r.Collect(t.Context(), CollectOptions{Progress: func(p CollectProgress) {
+			if p.Phase == PhaseConfirm && last != PhaseConfirm {
+				confirmations++
+			}
+			last = p.Phase
+		}})
+		if err != nil || confirmations == 0 || short != (confirmations > 1) {
+			t.Errorf("short of space %v: %d confirmations, %v", short, confirmations, err)
+		}
+		checkDisk(t, r, kept.ID, numbers(1, 20))
+		if got := r.Stats().Chunks; got != 20 {
+			t.Errorf("short of space %v: %d chunks are left, want 20", short, got)
+		}
+	}
+}
