@@ -34,8 +34,11 @@ func (f *faultyReads) open(name string, open func(string) (durable.File, error))
 	return faultyReader{file, f}, nil
 }
 
-func (f *faultyReads) Open(name string) (durable.File, error)      { return f.open(name, f.FS.Open) }
-func (f *faultyReads) OpenWrite(name string) (durable.File, error) { return f.open(name, f.FS.OpenWrite) }
+func (f *faultyReads) Open(name string) (durable.File, error) { return f.open(name, f.FS.Open) }
+
+func (f *faultyReads) OpenWrite(name string) (durable.File, error) {
+	return f.open(name, f.FS.OpenWrite)
+}
 
 func (f faultyReader) ReadAt(p []byte, off int64) (int, error) {
 	if err := f.fs.fail(f.Name()); err != nil {
