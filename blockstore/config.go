@@ -33,6 +33,8 @@ type CreateOptions struct {
 	// either is given. Any one of them opens it.
 	Passphrase string
 	Recipients []string
+	// Watch, if set, knows what is being done with the repository's storage.
+	Watch *durable.Watcher
 
 	// For tests; the zero values are those of production.
 	fs         durable.FS
@@ -70,7 +72,7 @@ func checkChunkSize(n int) error {
 func Create(dir string, o CreateOptions) error {
 	fsys := o.fs
 	if fsys == nil {
-		fsys = durable.OS()
+		fsys = o.Watch.FS(durable.OS())
 	}
 	if o.ChunkSize == 0 {
 		o.ChunkSize = DefaultChunkSize
@@ -81,7 +83,7 @@ func Create(dir string, o CreateOptions) error {
 	if err := durable.MkdirAll(fsys, dir); err != nil {
 		return err
 	}
-	unlock, err := lock(dir)
+	unlock, err := lock(dir, o.Watch)
 	if err != nil {
 		return err
 	}

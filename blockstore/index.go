@@ -11,6 +11,8 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // location is where a chunk's record is.
@@ -103,7 +105,9 @@ const indexMemory = 64 << 20
 // index is the map from chunk ids to locations: a cache of the segments.
 // BadgerDB makes it safe for concurrent use.
 type index struct {
-	db *badger.DB
+	db    *badger.DB
+	dir   string
+	watch *durable.Watcher // of what BadgerDB does with its files
 	// fault, if set, makes sync fail. For tests: BadgerDB's files can't be made to.
 	fault func() error
 }
@@ -127,6 +131,7 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 		WithValueLogFileSize(1 << 20).
 		WithBypassLockGuard(true). // the repository's lock is enough
 		WithMetricsEnabled(false)
+	defer opts.Watch.BeginMany(durable.Opening, &dir).End()
 	db, err := opts.openDB(o)
 	if err != nil && !away(err) {
 		// A kill in the wrong moment leaves files that BadgerDB doesn't open, such as
@@ -141,13 +146,17 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open index %s: %w", dir, err)
 	}
-	return &index{db: db}, nil
+	return &index{db: db, dir: dir, watch: opts.Watch}, nil
 }
 
-func (x *index) close() error { return x.db.Close() }
+func (x *index) close() error {
+	defer x.watch.BeginMany(durable.Closing, &x.dir).End()
+	return x.db.Close()
+}
 
 // get returns the location of id and whether there is one.
 func (x *index) get(id ID) (loc location, ok bool, err error) {
+	defer x.watch.Begin(durable.Reading, &x.dir).End()
 	err = x.db.View(func(txn *badger.Txn) error {
 		item, err := txn.Get(id[:])
 		if errors.Is(err, badger.ErrKeyNotFound) {
@@ -179,6 +188,7 @@ type indexWrite struct{ b *badger.WriteBatch }
 
 // write collects changes with fill and applies them.
 func (x *index) write(fill func(w indexWrite) error) error {
+	defer x.watch.BeginMany(durable.Writing, &x.dir).End()
 	b := x.db.NewWriteBatch()
 	defer b.Cancel()
 	if err := fill(indexWrite{b}); err != nil {
@@ -218,6 +228,7 @@ func (x *index) sync() error {
 			return fmt.Errorf("index: %w", err)
 		}
 	}
+	defer x.watch.BeginMany(durable.Syncing, &x.dir).End()
 	if err := x.db.Sync(); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
@@ -250,6 +261,7 @@ func (x *index) damaged() (map[ID]struct{}, error) {
 
 // scan calls fn for every key with a prefix and a length.
 func (x *index) scan(prefix string, length int, fn func(key, value []byte) error) error {
+	defer x.watch.BeginMany(durable.Reading, &x.dir).End()
 	err := x.db.View(func(txn *badger.Txn) error {
 		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix), PrefetchValues: false})
 		defer it.Close()

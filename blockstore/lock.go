@@ -9,13 +9,16 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // lock takes a repository for this process. The lock is the kernel's and goes
 // with the process, however it ends; the file's content only tells others who
 // has it.
-func lock(dir string) (unlock func(), err error) {
+func lock(dir string, watch *durable.Watcher) (unlock func(), err error) {
 	path := filepath.Join(dir, lockFile)
+	defer watch.Begin(durable.Opening, &path).End()
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -36,6 +39,7 @@ func lock(dir string) (unlock func(), err error) {
 		_, _ = f.WriteAt(append(holder(), '\n'), 0)
 	}
 	return func() {
+		defer watch.Begin(durable.Closing, &path).End()
 		_ = f.Truncate(0)
 		// Closing alone would leave the lock to a child that is just being started and
 		// has not yet let go of our files.

@@ -439,11 +439,14 @@ func RebuildIndex(_ context.Context, dir string, o Options) (_ RebuildStats, err
 	if _, err := readConfig(o.fs, dir); err != nil {
 		return RebuildStats{}, err
 	}
-	unlock, err := lock(dir)
+	unlock, err := lock(dir, o.Watch)
 	if err != nil {
 		return RebuildStats{}, err
 	}
-	err = os.RemoveAll(filepath.Join(dir, indexDir))
+	path := filepath.Join(dir, indexDir)
+	removing := o.Watch.BeginMany(durable.Changing, &path)
+	err = os.RemoveAll(path)
+	removing.End()
 	unlock()
 	if err != nil {
 		return RebuildStats{}, err

@@ -40,6 +40,9 @@ type Options struct {
 	// eighth of the memory that the process may have, 128 MiB to 2 GiB. It is
 	// taken as it is needed, by disks that are not read Whole.
 	CacheSize int64
+	// Watch, if set, knows what is being done with the repository's storage. It is closed
+	// after the repository.
+	Watch *durable.Watcher
 
 	// For tests; the zero values are those of production.
 	fs          durable.FS
@@ -58,7 +61,7 @@ func (o Options) withDefaults() (Options, error) {
 		o.CacheSize = defaultCacheSize()
 	}
 	if o.fs == nil {
-		o.fs = durable.OS()
+		o.fs = o.Watch.FS(durable.OS())
 	}
 	if o.indexMemory == 0 {
 		o.indexMemory = indexMemory
@@ -121,7 +124,7 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lock(dir)
+	unlock, err := lock(dir, o.Watch)
 	if err != nil {
 		return nil, err
 	}

@@ -262,7 +262,7 @@ func TestLockAndChildren(t *testing.T) {
 	t.Parallel()
 	dir := create(t, CreateOptions{})
 	for range 3 {
-		unlock, err := lock(dir)
+		unlock, err := lock(dir, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -272,7 +272,7 @@ func TestLockAndChildren(t *testing.T) {
 			t.Fatal(err)
 		}
 		unlock()
-		again, err := lock(dir)
+		again, err := lock(dir, nil)
 		if err != nil {
 			t.Error(err)
 		} else {

@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -69,6 +71,9 @@ type Watcher struct {
 	done chan struct{}
 }
 
+// compound is the bit beside the Act of an operation that is many system calls.
+const compound = 1 << 7
+
 // Operation is one that is under way. A nil Operation is not noted.
 type Operation struct {
 	w     *Watcher
@@ -117,6 +122,7 @@ func (w *Watcher) run(limit time.Duration, log *slog.Logger) {
 	t := time.NewTicker(w.tick)
 	defer t.Stop()
 	var told error
+	var before int64 // see moved
 	for {
 		select {
 		case <-w.stop:
@@ -124,6 +130,10 @@ func (w *Watcher) run(limit time.Duration, log *slog.Logger) {
 		case <-t.C:
 		}
 		w.now.Add(1)
+		if n := moved(); n != before {
+			before = n
+			w.renewMany()
+		}
 		err := w.Overdue(limit)
 		if log != nil && told == nil && err != nil {
 			log.Error("storage does not answer", slog.Any("error", err))
@@ -135,9 +145,17 @@ func (w *Watcher) run(limit time.Duration, log *slog.Logger) {
 	}
 }
 
-// Begin notes the beginning of an operation on what path names, which must not change. The
-// caller ends it.
-func (w *Watcher) Begin(act Act, path *string) *Operation {
+// Begin notes the beginning of an operation, one system call, on what path names, which must
+// not change. The caller ends it.
+func (w *Watcher) Begin(act Act, path *string) *Operation { return w.begin(int64(act), path) }
+
+// BeginMany is Begin for an operation that is many system calls, or accesses to mapped files.
+// It begins anew whenever the process has moved bytes to or from storage.
+func (w *Watcher) BeginMany(act Act, path *string) *Operation {
+	return w.begin(int64(act)|compound, path)
+}
+
+func (w *Watcher) begin(what int64, path *string) *Operation {
 	if w == nil {
 		return nil
 	}
@@ -146,7 +164,7 @@ func (w *Watcher) Begin(act Act, path *string) *Operation {
 		o := &w.ops[(first+i)%watched]
 		if o.began.Load() == free && o.began.CompareAndSwap(free, taken) {
 			o.path.Store(path)
-			o.began.Store(w.now.Load()<<8 | int64(act))
+			o.began.Store(w.now.Load()<<8 | what)
 			return o
 		}
 	}
@@ -169,6 +187,34 @@ func (o *Operation) Renew(more time.Duration) {
 	}
 }
 
+// renewMany renews the operations that are many system calls.
+func (w *Watcher) renewMany() {
+	now := w.now.Load()
+	for i := range w.ops {
+		began := w.ops[i].began.Load()
+		if began&compound != 0 && began>>8 < now {
+			w.ops[i].began.CompareAndSwap(began, now<<8|began&0xff)
+		}
+	}
+}
+
+// moved returns how many bytes this process has moved to and from storage; 0 where the system does
+// not tell. Source: proc(5), /proc/pid/io: read_bytes and write_bytes.
+func moved() (bytes int64) {
+	text, err := os.ReadFile("/proc/self/io")
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		if name == "read_bytes" || name == "write_bytes" {
+			n, _ := strconv.ParseInt(value, 10, 64) // the kernel's own
+			bytes += n
+		}
+	}
+	return bytes
+}
+
 // Overdue returns a StallError for the operation that has been under way longest if
 // that is patience or more, and else nil.
 func (w *Watcher) Overdue(patience time.Duration) error {
@@ -186,7 +232,7 @@ func (w *Watcher) Overdue(patience time.Duration) error {
 			continue
 		}
 		most = age + 1
-		oldest = &StallError{Act: Act(began & 0xff), Path: *path, Since: time.Duration(age) * w.tick}
+		oldest = &StallError{Act: Act(began & 0xff &^ compound), Path: *path, Since: time.Duration(age) * w.tick}
 	}
 	if oldest == nil {
 		return nil
@@ -223,9 +269,10 @@ func (f watchedFS) open(act Act, name string, open func(string) (File, error)) (
 	return &watchedFile{file, f.w, name}, nil
 }
 
-func (f watchedFS) Open(name string) (File, error)      { return f.open(Opening, name, f.fs.Open) }
+func (f watchedFS) Open(name string) (File, error) { return f.open(Opening, name, f.fs.Open) }
 func (f watchedFS) OpenWrite(name string) (File, error) { return f.open(Opening, name, f.fs.OpenWrite) }
-func (f watchedFS) Create(name string) (File, error)    { return f.open(Changing, name, f.fs.Create) }
+
+func (f watchedFS) Create(name string) (File, error) { return f.open(Changing, name, f.fs.Create) }
 
 func (f watchedFS) Rename(oldName, newName string) error {
 	defer f.w.Begin(Changing, &oldName).End()
