@@ -143,7 +143,7 @@ func TestRepositoryWork(t *testing.T) {
 	first := backup(t, a, "web", write(t, "vda.raw", noise(4*miB, 1)))
 	backup(t, a, "web", write(t, "vda.raw", noise(4*miB, 2)))
 	var seen appliance.Progress
-	v, err := a.Verify(t.Context(), 100, func(p appliance.Progress) { seen = p })
+	v, err := a.Verify(t.Context(), appliance.VerifyOptions{}, func(p appliance.Progress) { seen = p })
 	if err != nil || len(v.Errors) != 0 || v.CheckedChunks < 8*miB/chunk {
 		t.Errorf("verify: got %+v, %v, want all chunks read and no errors", v, err)
 	}
@@ -151,7 +151,7 @@ func TestRepositoryWork(t *testing.T) {
 		t.Errorf("verify: got the last progress %+v, want it to end at its total", seen)
 	}
 	for _, percent := range []float64{0, -1, 101} {
-		if _, err := a.Verify(t.Context(), percent, nil); appliance.KindOf(err) != appliance.Invalid {
+		if _, err := a.Verify(t.Context(), appliance.VerifyOptions{Percent: percent}, nil); percent != 0 && appliance.KindOf(err) != appliance.Invalid {
 			t.Errorf("verify %v percent: got %v, want it invalid", percent, err)
 		}
 		if _, err := a.Collect(t.Context(), appliance.CollectOptions{MaxUnusedPercent: percent}, nil); percent != 0 && appliance.KindOf(err) != appliance.Invalid {

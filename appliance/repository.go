@@ -24,24 +24,78 @@ func (a *Appliance) Stats() Stats {
 	return a.repo.Stats()
 }
 
-// Verify reads percent (above 0, up to 100) of the stored bytes back, those first
-// that were verified longest ago. What is damaged is in the result and no
-// error. progress may be nil.
-func (a *Appliance) Verify(ctx context.Context, percent float64, progress func(Progress)) (VerifyResult, error) {
-	if !(percent > 0 && percent <= 100) { // NaN neither
-		return VerifyResult{}, invalid("%v percent: want more than 0, up to 100", percent)
+// VerifyOptions say how much is verified. The zero value verifies everything. Of Percent,
+// Points with VM, and Resume only one may be given.
+type VerifyOptions struct {
+	// Percent is the share of the stored bytes to read, above 0 up to 100; 0 is 100.
+	// Those that were verified longest ago come first.
+	Percent float64
+	// Points (see ResolvePoint) and those of VM are verified, and only what they need; if none is
+	// named, all.
+	Points []string
+	VM     string
+	// Resume goes on with a verification of everything that was interrupted; if there is none,
+	// one begins.
+	Resume bool
+	// Rate bounds the bytes that are read in a second; 0 is no bound.
+	Rate int64
+}
+
+// Verify reads stored bytes back and compares them with their hashes. What is damaged is in the
+// result and no error. progress may be nil.
+func (a *Appliance) Verify(ctx context.Context, o VerifyOptions, progress func(Progress)) (VerifyResult, error) {
+	options := blockstore.VerifyOptions{Percent: o.Percent, Resume: o.Resume, Rate: o.Rate}
+	switch {
+	case o.Percent != 0 && !(o.Percent > 0 && o.Percent <= 100): // NaN neither
+		return VerifyResult{}, invalid("%v percent: want more than 0, up to 100", o.Percent)
+	case o.Rate < 0:
+		return VerifyResult{}, invalid("%d bytes a second: want a rate above 0", o.Rate)
+	case o.Resume && o.Percent != 0 && o.Percent != 100:
+		return VerifyResult{}, invalid("only a verification of everything can be resumed; leave the share out")
+	case o.VM != "" || len(o.Points) > 0:
+		if o.Resume || o.Percent != 0 && o.Percent != 100 {
+			return VerifyResult{}, invalid("a verification of points is one of all that they need; leave the share, and resuming, out")
+		}
+		var err error
+		if options.Points, err = a.selectPoints(o.Points, o.VM); err != nil {
+			return VerifyResult{}, err
+		}
 	}
-	o := blockstore.VerifyOptions{Percent: percent}
 	if progress != nil {
-		o.Progress = func(done, total int64) {
+		options.Progress = func(done, total int64) {
 			progress(Progress{Subject: "verify", Done: done, Total: total, Unit: Bytes})
 		}
 	}
-	result, err := a.repo.Verify(ctx, o)
+	result, err := a.repo.Verify(ctx, options)
 	if err != nil {
 		return result, fmt.Errorf("verify %s: %w", a.dir, err)
 	}
 	return result, nil
+}
+
+// selectPoints returns the points that refs name and those of a VM, if one is named.
+func (a *Appliance) selectPoints(refs []string, vm string) ([]blockstore.PointID, error) {
+	ids := []blockstore.PointID{}
+	for _, ref := range refs {
+		p, err := a.resolve(ref)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, p.ID)
+	}
+	if vm == "" {
+		return ids, nil
+	}
+	named := len(ids)
+	for _, p := range a.repo.Points() {
+		if p.VM == vm {
+			ids = append(ids, p.ID)
+		}
+	}
+	if len(ids) == named {
+		return nil, notFound("VM %s has no restore points; point list shows those that have", vm)
+	}
+	return ids, nil
 }
 
 // CollectOptions say how much a collection does. The zero value gives back

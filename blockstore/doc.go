@@ -142,7 +142,7 @@
 //	deletion                                          Repository.mu     points are        pins
 //	                                                                    listed once, at
 //	                                                                    the start
-//	collection                                                          refused:          pins; retry
+//	collection                                                          refused:          pins; rounds
 //	                                                                    ErrCollecting
 //	verification                                                                          both read
 //
@@ -156,12 +156,16 @@
 // segmentSet.mu, segment.opening, cache.mu, chunkCache.mu. prefetcher.mu is taken
 // by itself. A claim is waited for with no lock held.
 //
+// A verification reads past the caches. What a collection moves before it was read is found, by
+// another walk over the trees, at its new place.
+//
 // # Limits
 //
 // Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
-// stored bytes), the points, one bit a chunk for each session and collection, and 32 bytes for each
-// chunk that is known to be damaged.
+// stored bytes), the points, one bit a chunk for each session and collection and two for a verification,
+// and 32 bytes for each chunk that is known to be damaged. A verification lists up to 10,000 places and
+// knows the reasons of up to 100,000 bad chunks; it counts the others, which are stored anew all the same.
 // BadgerDB takes up to about 200 MiB; decoded chunks and nodes take Options.CacheSize, an eighth of the memory
 // but at most 2 GiB, as disks are served; up to 256 chunks, an eighth of the cache at most, wait
 // to be read ahead by up to 4 goroutines.

@@ -90,6 +90,7 @@ func decodeSummary(b []byte) (summary, error) {
 const (
 	segmentPrefix = "segment:" // and the segment's number, big-endian: a summary
 	damagedPrefix = "damaged:" // and an id: a chunk whose record is known to be bad
+	verifyKey     = "verify"   // when a verification of everything began that has not ended
 )
 
 func segmentKey(number uint64) []byte {
@@ -217,6 +218,26 @@ func (w indexWrite) setDamaged(id ID) error       { return w.b.Set(damagedKey(id
 func (w indexWrite) removeSummary(n uint64) error { return w.b.Delete(segmentKey(n)) }
 func (w indexWrite) putSummary(n uint64, s summary) error {
 	return w.b.Set(segmentKey(n), s.encode())
+}
+
+// setVerifyBegan notes when a verification of everything began, in Unix time.
+func (w indexWrite) setVerifyBegan(sec int64) error {
+	return w.b.Set([]byte(verifyKey), binary.LittleEndian.AppendUint64(nil, uint64(sec)))
+}
+
+func (w indexWrite) clearVerifyBegan() error { return w.b.Delete([]byte(verifyKey)) }
+
+// verifyBegan returns when the verification of everything began that has not ended; 0 if there is
+// none.
+func (x *index) verifyBegan() (sec int64, err error) {
+	err = x.scan(verifyKey, len(verifyKey), func(_, value []byte) error {
+		if len(value) != 8 {
+			return fmt.Errorf("beginning of a verification of %d bytes, want 8", len(value))
+		}
+		sec = int64(binary.LittleEndian.Uint64(value))
+		return nil
+	})
+	return sec, err
 }
 
 // sync makes everything written so far durable, but for what a table in memory

@@ -54,6 +54,11 @@ func (r *Repository) loadSegments() error {
 // loadSegment enters a segment that the index does not know as sealed.
 func (r *Repository) loadSegment(seg *segment) error {
 	f, err := r.fs.OpenWrite(seg.path)
+	if err != nil && !away(err) {
+		// The points that need it fail when they are read; others don't.
+		r.log.Error("segment cannot be opened", attrSegment(seg), attrErr(err))
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -394,8 +399,7 @@ func (r *Repository) enterMissing(seg *segment) error {
 // entries returns the records of a sealed segment, each at its ordinal. If its table of
 // contents is damaged, the ordinals are not known: a CorruptError.
 func (r *Repository) entries(seg *segment) ([]tocEntry, error) {
-	loc := location{Segment: seg.number, Generation: seg.generation}
-	opened, err := r.segments.acquire(loc)
+	opened, err := r.segments.acquireWhole(seg)
 	if err != nil {
 		return nil, err
 	}

@@ -281,6 +281,9 @@ func (r *Repository) loadOnce(id ID, kind recordType, dst []byte, check bool) er
 		return errGone
 	}
 	seg, err := r.segments.acquire(loc)
+	if corrupt, ok := errors.AsType[*CorruptError](err); ok {
+		corrupt.ID, corrupt.Off = id, int64(loc.Off) // the file is missing, or no file, or the disk can't read it
+	}
 	if err != nil {
 		return err
 	}
@@ -390,6 +393,9 @@ func (r *Repository) AnyDamaged() bool { return r.damagedCount.Load() > 0 }
 
 // markDamaged remembers chunks whose records are bad.
 func (r *Repository) markDamaged(ids []ID) error {
+	if len(ids) == 0 {
+		return nil
+	}
 	err := r.index.write(func(w indexWrite) error {
 		for _, id := range ids {
 			if err := w.setDamaged(id); err != nil {
@@ -410,6 +416,28 @@ func (r *Repository) markDamaged(ids []ID) error {
 	}
 	r.damagedCount.Store(int64(len(r.damaged)))
 	return err
+}
+
+// clearDamaged forgets that records are bad: they were found good.
+func (r *Repository) clearDamaged(ids []ID) error {
+	err := r.index.write(func(w indexWrite) error {
+		for _, id := range ids {
+			if err := w.clearDamaged(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range ids {
+		delete(r.damaged, id)
+	}
+	r.damagedCount.Store(int64(len(r.damaged)))
+	return nil
 }
 
 // Stats are figures of a repository.

@@ -144,7 +144,18 @@ func (s *segmentSet) sessionNeeds() []sessionNeeds {
 func (s *segmentSet) acquire(loc location) (*segment, error) {
 	s.mu.Lock()
 	seg, ok := s.holdsLocked(loc)
-	if !ok {
+	return s.acquireLocked(seg, ok)
+}
+
+// acquireWhole is acquire for a segment of which no record need be known.
+func (s *segmentSet) acquireWhole(seg *segment) (*segment, error) {
+	s.mu.Lock()
+	return s.acquireLocked(seg, s.byNumber[seg.number] == seg)
+}
+
+// acquireLocked opens a segment, if it is live, and unlocks s.
+func (s *segmentSet) acquireLocked(seg *segment, live bool) (*segment, error) {
+	if !live {
 		s.mu.Unlock()
 		return nil, errGone
 	}
@@ -159,7 +170,7 @@ func (s *segmentSet) acquire(loc location) (*segment, error) {
 
 	if err := seg.open(s); err != nil {
 		s.release(seg)
-		return nil, damage(&CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Off: int64(loc.Off), Err: err})
+		return nil, damage(&CorruptError{Segment: segmentName(seg.number, seg.generation, ""), Err: err})
 	}
 	return seg, nil
 }

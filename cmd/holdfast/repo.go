@@ -46,41 +46,67 @@ func (p *program) repoStatsCommand() *cobra.Command {
 }
 
 func (p *program) repoVerifyCommand() *cobra.Command {
-	percent := 100.0
+	o := appliance.VerifyOptions{}
+	percent, rate := 100.0, sizeFlag(0)
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Read the repository back and check every hash",
 		Long: `Read the repository back and check every chunk's hash. Exit status 1 if anything is
 damaged; what it belongs to is listed. The next backup that meets the same
-content stores it anew, which heals the points that need it.
+content stores it anew, which heals the points that need it; repo repair sets right
+what is around the chunks.
 
---percent 10 reads a tenth, those segments first that were verified longest ago.`,
+--percent 10 reads a tenth, those segments first that were verified longest ago.
+--point and --vm read only what those points need. --resume goes on with a
+verification of everything that was interrupted, and begins one if there is none.
+Backups, restores and a collection may run meanwhile; --rate leaves them room.`,
 		Example: `  holdfast repo verify
-  holdfast repo verify --percent 10 --quiet`,
+  holdfast repo verify --percent 10 --rate 50MiB --quiet
+  holdfast repo verify --vm web --point db@latest
+  holdfast repo verify --resume`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Percent = percent; percent == 0 {
+				o.Percent = -1 // 0 would be all
+			}
+			o.Rate = int64(rate)
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
-				r, err := a.Verify(cmd.Context(), percent, p.progress())
+				r, err := a.Verify(cmd.Context(), o, p.progress())
 				if err != nil {
 					return err
 				}
 				p.console.clear()
-				t := newTable("POINT", "VM", "DISK", "OFFSET", "LENGTH", "REASON")
-				for _, e := range r.Errors {
-					t.row(fmt.Sprintf("%.12s", e.Point), e.VM, e.Disk, fmt.Sprint(e.Offset), size(e.Length), oneLine(e.Reason))
-				}
-				if len(r.Errors) == 0 {
-					return p.print(r, "%d records read, %s: all good\n", r.CheckedChunks, size(r.CheckedBytes))
-				}
-				if err := p.print(r, "%s", t); err != nil {
-					return err
-				}
-				return fmt.Errorf("verify %s: %d places are damaged; back the VMs up again to heal them", p.data, len(r.Errors))
+				return p.printVerified(r)
 			})
 		},
 	}
-	cmd.Flags().Float64Var(&percent, "percent", percent, "share of the stored bytes to read, more than 0")
+	flags := cmd.Flags()
+	flags.Float64Var(&percent, "percent", percent, "share of the stored bytes to read, more than 0")
+	flags.StringArrayVar(&o.Points, "point", nil, "only what this `POINT` needs; may be given more than once")
+	flags.StringVar(&o.VM, "vm", "", "only what the points of this VM (`name`) need")
+	flags.BoolVar(&o.Resume, "resume", false, "go on with a verification of everything that was interrupted")
+	flags.Var(&rate, "rate", "bytes to read in a second, at most; 0 is no bound")
 	return cmd
+}
+
+// printVerified prints what a verification found; damage is an error.
+func (p *program) printVerified(r appliance.VerifyResult) error {
+	t := newTable("POINT", "VM", "DISK", "OFFSET", "LENGTH", "FILE", "REASON")
+	for _, e := range r.Errors {
+		t.row(fmt.Sprintf("%.12s", e.Point), oneLine(e.VM), e.Disk, fmt.Sprint(e.Offset), size(e.Length), oneLine(e.File), oneLine(e.Reason))
+	}
+	if len(r.Errors) == 0 && r.DamagedChunks == 0 {
+		since := ""
+		if r.Resumed {
+			since = ", the rest since " + stamp(r.Began)
+		}
+		return p.print(r, "%d records read, %s%s: all good\n", r.CheckedChunks, size(r.CheckedBytes), since)
+	}
+	if err := p.print(r, "%s", t); err != nil {
+		return err
+	}
+	return fmt.Errorf("verify %s: %d places are damaged, %d chunks; back the VMs up again to heal chunks, and see what repo repair would do",
+		p.data, len(r.Errors), r.DamagedChunks)
 }
 
 func (p *program) repoGCCommand() *cobra.Command {
