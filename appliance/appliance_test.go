@@ -125,15 +125,19 @@ func TestRebuildIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	backup(t, a, "web", write(t, "vda.raw", noise(miB, 1)))
-	if _, err := appliance.RebuildIndex(t.Context(), dir, appliance.Options{}); appliance.KindOf(err) != appliance.Refused {
+	if _, err := appliance.RebuildIndex(t.Context(), dir, appliance.Options{}, nil); appliance.KindOf(err) != appliance.Refused {
 		t.Errorf("while it is open: got %v, want it refused", err)
 	}
 	if err := a.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r, err := appliance.RebuildIndex(t.Context(), dir, appliance.Options{})
+	var seen appliance.Progress
+	r, err := appliance.RebuildIndex(t.Context(), dir, appliance.Options{}, func(p appliance.Progress) { seen = p })
 	if err != nil || r.Chunks != miB/chunk {
 		t.Errorf("got %+v, %v, want %d chunks", r, err, miB/chunk)
+	}
+	if seen.Unit != appliance.Segments || seen.Done == 0 || seen.Done != seen.Total {
+		t.Errorf("got the last progress %+v, want it to end at its total", seen)
 	}
 }
 

@@ -7,8 +7,9 @@ type Unit string
 
 // The units.
 const (
-	Bytes Unit = "bytes"
-	Nodes Unit = "map nodes"
+	Bytes    Unit = "bytes"
+	Nodes    Unit = "map nodes"
+	Segments Unit = "segments"
 )
 
 // Progress tells how far long work is.

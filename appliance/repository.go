@@ -132,8 +132,9 @@ func (a *Appliance) Collect(ctx context.Context, o CollectOptions, progress func
 }
 
 // RebuildIndex makes the index of the repository in dir, which nobody may have
-// open, anew from its segments.
-func RebuildIndex(ctx context.Context, dir string, o Options) (RebuildResult, error) {
+// open, anew from its segments. It may be stopped at any moment: the next opening goes on.
+// progress may be nil.
+func RebuildIndex(ctx context.Context, dir string, o Options, progress func(Progress)) (RebuildResult, error) {
 	dir, err := dataFolder(dir)
 	if err != nil {
 		return RebuildResult{}, err
@@ -142,7 +143,13 @@ func RebuildIndex(ctx context.Context, dir string, o Options) (RebuildResult, er
 	if err != nil {
 		return RebuildResult{}, err
 	}
-	result, err := blockstore.RebuildIndex(ctx, dir, keys)
+	var entered func(done, total int)
+	if progress != nil {
+		entered = func(done, total int) {
+			progress(Progress{Subject: "rebuild index", Done: int64(done), Total: int64(total), Unit: Segments})
+		}
+	}
+	result, err := blockstore.RebuildIndex(ctx, dir, keys, entered)
 	if err != nil {
 		return result, openError(dir, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -311,6 +312,77 @@ func BenchmarkOpen(b *testing.B) {
 				closeOnce(b, r)
 				b.StartTimer()
 			}
+		})
+	}
+}
+
+// syntheticSegments makes sealed segments of count records, 4096 each, that have tables of contents
+// and no payloads.
+func syntheticSegments(b *testing.B, dir string, count int) {
+	b.Helper()
+	const each, stored = 4096, 30 << 10
+	rng := rand.New(rand.NewPCG(5, 6))
+	for number := uint64(1); count > 0; number++ {
+		var entries []tocEntry
+		end := int64(segmentHeaderSize)
+		for range min(count, each) {
+			e := tocEntry{Off: uint32(end), Stored: stored, Raw: DefaultChunkSize, Type: chunkRecord}
+			for i := 0; i < IDSize; i += 8 {
+				binary.LittleEndian.PutUint64(e.ID[i:], rng.Uint64())
+			}
+			entries = append(entries, e)
+			end += e.size()
+		}
+		count -= len(entries)
+		f, err := os.Create(filepath.Join(dir, segmentsDir, segmentName(number, 7, segmentSuffix)))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := f.WriteAt(encodeTail(7, entries, end), end); err != nil {
+			b.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkOpenIndex opens a repository of a million chunks, or of ten million, with its index and without.
+func BenchmarkOpenIndex(b *testing.B) {
+	for _, count := range []int{1_000_000, 10_000_000} {
+		b.Run(fmt.Sprint("chunks=", count), func(b *testing.B) {
+			dir := filepath.Join(b.TempDir(), "repo")
+			if err := Create(dir, CreateOptions{}); err != nil {
+				b.Fatal(err)
+			}
+			syntheticSegments(b, dir, count)
+			open := func(b *testing.B, prepare func()) {
+				for b.Loop() {
+					b.StopTimer()
+					prepare()
+					b.StartTimer()
+					r, err := Open(dir, Options{})
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.StopTimer()
+					if got := r.Stats().Chunks; got != int64(count) {
+						b.Fatalf("got %d chunks, want %d", got, count)
+					}
+					if err := r.Close(); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+			}
+			b.Run("index=none", func(b *testing.B) {
+				open(b, func() {
+					if err := os.RemoveAll(filepath.Join(dir, indexDir)); err != nil {
+						b.Fatal(err)
+					}
+				})
+			})
+			b.Run("index=whole", func(b *testing.B) { open(b, func() {}) })
 		})
 	}
 }

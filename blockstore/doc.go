@@ -18,8 +18,8 @@
 //	points/*.point      one file a restore point
 //	index/              BadgerDB: id → place. A cache of the segments
 //
-// Segments and points are the truth; without index/ the next opening makes it
-// anew.
+// Segments and points are the truth; without index/, or with one that it cannot trust, the next
+// opening makes it anew.
 //
 // # Segment, format 1
 //
@@ -103,7 +103,7 @@
 //
 //	write, fsync      the segment's records
 //	fsync             segments/, for a new segment's name
-//	write, sync       index entries
+//	write             index entries
 //	write, fsync      points/ID.point.tmp
 //	rename, fsync     points/ID.point, points/
 //
@@ -113,6 +113,7 @@
 // it but its end: a copy that is made file by file while a backup runs has what
 // was durable when it began.
 //
+// Index entries are never synced: after a loss of power the index is made anew.
 // A crash leaves at most records that nobody references, which a collection takes.
 // A failed write or sync ends the segment: what was durable before is
 // kept, the rest is cut off, every session that may have put something into it
@@ -127,6 +128,21 @@
 // has the same generation, and has as many records. So an index that is behind,
 // ahead, older or gone is no danger: what does not count is stored anew, and a chunk
 // that a point needs and the index lacks is looked for in the segments.
+//
+// Before BadgerDB sees the index it is read whole, as BadgerDB believes what its files say:
+// index/STATUS, the list of tables in index/MANIFEST, every checksum of every table. The other files
+// are removed. Whatever is not as it should be, the index is removed and made anew from
+// the tables of contents. STATUS is a line "holdfast index 1 CRC", the CRC-32C of the rest in hexadecimal, and JSON: the id
+// of the repository, and
+//
+//	while it is open    the kernel's boot_id, the device and the inode of index/
+//	once it was closed  the id, level, size and checksum of each table
+//
+// So a loss of power, and copying an index that is being written, have it made anew; a kill
+// leaves it as of its last table, and the segments since then are entered. What rots while the
+// index is open fails the reads that meet it with ErrIndexDamaged, and STATUS is removed, that the next
+// opening makes it anew. In the few bytes that BadgerDB believes before it compares a
+// checksum, rot that a compaction meets ends the process; the next opening finds it.
 //
 // # Concurrency
 //

@@ -1,13 +1,15 @@
 package blockstore
 
 import (
+	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -103,20 +105,29 @@ func damagedKey(id ID) []byte { return append([]byte(damagedPrefix), id[:]...) }
 // them exist. It holds about half a million chunks between two flushes.
 const indexMemory = 64 << 20
 
+// ErrIndexDamaged means that the index rotted while it was open. The next opening makes it anew from
+// the segments.
+var ErrIndexDamaged = errors.New("the index is damaged; the segments have all that it has, and it is made anew when the repository is opened again")
+
 // index is the map from chunk ids to locations: a cache of the segments.
 // BadgerDB makes it safe for concurrent use.
 type index struct {
-	db    *badger.DB
-	dir   string
-	watch *durable.Watcher // of what BadgerDB does with its files
-	// fault, if set, makes sync fail. For tests: BadgerDB's files can't be made to.
+	db         *badger.DB
+	dir        string
+	repository string // its id, in hexadecimal
+	log        *slog.Logger
+	watch      *durable.Watcher // of what BadgerDB does with its files
+	distrusted atomic.Bool      // it is damaged: see distrust
+	// fault, if set, makes write fail, at its end. For tests: BadgerDB's files can't be made to.
 	fault func() error
 }
 
-func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
+// openIndex opens the index in dir of the repository with an id. One that cannot be
+// trusted is removed first, and is empty then.
+func openIndex(dir, repository string, opts Options, log *slog.Logger) (*index, error) {
 	// Everything stays in the LSM tree: the values are far below the threshold for
-	// the value log. Writes are synced by sync, after the segment they speak
-	// of. Checksums are not verified unless asked for.
+	// the value log. Writes are not synced: see indexWrite. Tables are verified by
+	// checkIndex, and blocks again as they are read.
 	o := badger.DefaultOptions(dir).
 		WithLogger(badgerLog{log}).
 		WithSyncWrites(false).
@@ -124,7 +135,7 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 		WithNumVersionsToKeep(1).
 		WithCompression(options.None).
 		WithBlockCacheSize(0).
-		WithChecksumVerificationMode(options.OnTableAndBlockRead).
+		WithChecksumVerificationMode(options.OnBlockRead).
 		WithValueThreshold(1 << 10).
 		WithMemTableSize(opts.indexMemory).
 		WithNumMemtables(2).
@@ -133,32 +144,110 @@ func openIndex(dir string, opts Options, log *slog.Logger) (*index, error) {
 		WithBypassLockGuard(true). // the repository's lock is enough
 		WithMetricsEnabled(false)
 	defer opts.Watch.BeginMany(durable.Opening, &dir).End()
-	db, err := opts.openDB(o)
-	if err != nil && !away(err) {
-		// A kill in the wrong moment leaves files that BadgerDB doesn't open, such as
-		// a value log that was created and has no bytes yet. The index is a cache:
-		// it is made anew from the segments.
-		log.Warn("the index can't be opened and is made anew", attrPath(dir), attrErr(err))
-		if removeErr := os.RemoveAll(dir); removeErr != nil {
-			return nil, fmt.Errorf("open index: %w", errors.Join(err, removeErr))
+	x := &index{dir: dir, repository: repository, log: log, watch: opts.Watch}
+	err := checkIndex(dir, repository)
+	if err == nil {
+		if x.db, err = openMarked(dir, repository, o, opts); err == nil {
+			return x, nil
 		}
-		db, err = opts.openDB(o)
 	}
-	if err != nil {
+	if away(err) {
 		return nil, fmt.Errorf("open index %s: %w", dir, err)
 	}
-	return &index{db: db, dir: dir, watch: opts.Watch}, nil
+	removed, removeErr := emptyIndex(dir)
+	if removeErr != nil {
+		return nil, fmt.Errorf("open index: %w", errors.Join(err, removeErr))
+	}
+	if removed > 0 {
+		log.Warn("the index cannot be trusted and is made anew from the segments", attrPath(dir), attrErr(err))
+	}
+	if x.db, err = openMarked(dir, repository, o, opts); err != nil {
+		return nil, fmt.Errorf("open index %s: %w", dir, err)
+	}
+	return x, nil
 }
 
+// openMarked opens the database in dir, which is marked as open first.
+func openMarked(dir, repository string, o badger.Options, opts Options) (*badger.DB, error) {
+	if err := markIndexOpen(dir, repository); err != nil {
+		return nil, err
+	}
+	return opts.openDB(o)
+}
+
+// close closes the index. If it cannot be marked as closed, that costs making it anew
+// after the machine stops.
 func (x *index) close() error {
 	defer x.watch.BeginMany(durable.Closing, &x.dir).End()
-	return x.db.Close()
+	if err := x.db.Close(); err != nil {
+		return fmt.Errorf("close index: %w", err)
+	}
+	if x.distrusted.Load() {
+		return nil
+	}
+	if err := markIndexClosed(x.dir, x.repository); err != nil {
+		x.log.Warn("the index cannot be marked as closed", attrPath(x.dir), attrErr(err))
+	}
+	return nil
+}
+
+// distrust makes the next opening make the index anew and returns err as an ErrIndexDamaged.
+func (x *index) distrust(err error) error {
+	if !x.distrusted.Swap(true) {
+		x.log.Error("the index is damaged and is made anew at the next opening", attrPath(x.dir), attrErr(err))
+		if err := distrustIndex(x.dir); err != nil {
+			x.log.Error("the index cannot be marked as damaged", attrPath(x.dir), attrErr(err))
+		}
+	}
+	return fmt.Errorf("%w: %w", ErrIndexDamaged, err)
+}
+
+// view calls fn, which reads. It fails only over what is in BadgerDB's files, or if they are away.
+func (x *index) view(fn func(txn *badger.Txn) error) error {
+	err := shielded(func() error { return x.db.View(fn) })
+	if err == nil {
+		return nil
+	}
+	if _, statusErr := readIndexStatus(x.dir, x.repository); away(statusErr) {
+		return statusErr // what is mapped does not tell why it cannot be read
+	}
+	return x.distrust(err)
+}
+
+// judge returns what err, of reading the index's files, says of the index.
+func (x *index) judge(err error) error {
+	if away(err) {
+		return err
+	}
+	return x.distrust(err)
+}
+
+// verify checks again all that is read of the index's files, now or at the next opening.
+func (x *index) verify(ctx context.Context) error {
+	if x.distrusted.Load() {
+		return ErrIndexDamaged
+	}
+	defer x.watch.BeginMany(durable.Reading, &x.dir).End()
+	if err := checkMarkedOpen(x.dir, x.repository); err != nil {
+		return x.judge(err)
+	}
+	for _, t := range x.db.Tables() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		_, err := checkTables(x.dir, map[uint64]uint8{t.ID: uint8(t.Level)}, checkTable)
+		// A compaction may have removed it meanwhile.
+		if err != nil && slices.ContainsFunc(x.db.Tables(), func(now badger.TableInfo) bool { return now.ID == t.ID }) {
+			return x.judge(err)
+		}
+	}
+	return nil
 }
 
 // get returns the location of id and whether there is one.
 func (x *index) get(id ID) (loc location, ok bool, err error) {
 	defer x.watch.Begin(durable.Reading, &x.dir).End()
-	err = x.db.View(func(txn *badger.Txn) error {
+	err = x.view(func(txn *badger.Txn) error {
 		item, err := txn.Get(id[:])
 		if errors.Is(err, badger.ErrKeyNotFound) {
 			return nil
@@ -184,7 +273,8 @@ type entry struct {
 	loc location
 }
 
-// indexWrite is a batch of changes. None of it is durable before sync.
+// indexWrite is a batch of changes. None of it need be durable: after a loss of power the index is
+// made anew.
 type indexWrite struct{ b *badger.WriteBatch }
 
 // write collects changes with fill and applies them.
@@ -195,7 +285,11 @@ func (x *index) write(fill func(w indexWrite) error) error {
 	if err := fill(indexWrite{b}); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
-	if err := b.Flush(); err != nil {
+	err := b.Flush()
+	if err == nil && x.fault != nil {
+		err = x.fault()
+	}
+	if err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
 	return nil
@@ -203,7 +297,7 @@ func (x *index) write(fill func(w indexWrite) error) error {
 
 // put enters locations; it sorts entries. Of two for the same id the later counts.
 func (w indexWrite) put(entries []entry) error {
-	slices.SortStableFunc(entries, func(a, b entry) int { return strings.Compare(string(a.id[:]), string(b.id[:])) })
+	slices.SortStableFunc(entries, func(a, b entry) int { return bytes.Compare(a.id[:], b.id[:]) })
 	for i := range entries {
 		if err := w.b.Set(entries[i].id[:], entries[i].loc.encode()); err != nil {
 			return err
@@ -240,22 +334,6 @@ func (x *index) verifyBegan() (sec int64, err error) {
 	return sec, err
 }
 
-// sync makes everything written so far durable, but for what a table in memory
-// that is just being flushed holds: after a loss of power that may be missing, and is
-// entered again when it is missed (see Repository.reindex).
-func (x *index) sync() error {
-	if x.fault != nil {
-		if err := x.fault(); err != nil {
-			return fmt.Errorf("index: %w", err)
-		}
-	}
-	defer x.watch.BeginMany(durable.Syncing, &x.dir).End()
-	if err := x.db.Sync(); err != nil {
-		return fmt.Errorf("index: %w", err)
-	}
-	return nil
-}
-
 // summaries returns what is known of sealed segments, by number.
 func (x *index) summaries() (map[uint64]summary, error) {
 	out := map[uint64]summary{}
@@ -283,7 +361,7 @@ func (x *index) damaged() (map[ID]struct{}, error) {
 // scan calls fn for every key with a prefix and a length.
 func (x *index) scan(prefix string, length int, fn func(key, value []byte) error) error {
 	defer x.watch.BeginMany(durable.Reading, &x.dir).End()
-	err := x.db.View(func(txn *badger.Txn) error {
+	err := x.view(func(txn *badger.Txn) error {
 		it := txn.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix), PrefetchValues: false})
 		defer it.Close()
 		for it.Rewind(); it.Valid(); it.Next() {

@@ -133,9 +133,6 @@ func (r *Repository) revive(dropped *segment) error {
 		r.reindexing.Unlock()
 		return err
 	}
-	if err := r.index.sync(); err != nil {
-		return err
-	}
 	return r.index.write(func(w indexWrite) error { return w.putSummary(seg.number, seg.summary) })
 }
 

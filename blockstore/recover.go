@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"syscall"
 
@@ -16,8 +15,8 @@ import (
 )
 
 // loadSegments finds the live set: it recovers unsealed segments and enters sealed ones that
-// the index lacks.
-func (r *Repository) loadSegments() error {
+// the index lacks. progress, which may be nil, hears of segments done and how many there are.
+func (r *Repository) loadSegments(ctx context.Context, progress func(done, total int)) error {
 	known, err := r.index.summaries()
 	if err != nil {
 		return err
@@ -27,7 +26,13 @@ func (r *Repository) loadSegments() error {
 		return err
 	}
 	// Ascending: where two segments hold the same chunk, the later one counts.
-	for _, f := range files {
+	for i, f := range files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if progress != nil {
+			progress(i, len(files))
+		}
 		number, generation, ok := parseSegmentName(f.Name())
 		if !ok {
 			r.log.Warn("the folder of segments holds something else", attrPath(f.Name()))
@@ -47,6 +52,9 @@ func (r *Repository) loadSegments() error {
 		if err := r.loadSegment(seg); err != nil {
 			return fmt.Errorf("segment %s: %w", seg.path, err)
 		}
+	}
+	if progress != nil {
+		progress(len(files), len(files))
 	}
 	return nil
 }
@@ -424,47 +432,4 @@ func (s *segmentSet) holds(loc location) bool {
 	defer s.mu.Unlock()
 	_, ok := s.holdsLocked(loc)
 	return ok
-}
-
-// RebuildStats tells what RebuildIndex found.
-type RebuildStats struct {
-	Segments int   `json:"segments"`
-	Records  int64 `json:"records"` // chunks and map nodes
-	Chunks   int64 `json:"chunks"`
-}
-
-// RebuildIndex throws the index of the repository in dir away and makes it anew from
-// the segments. It may be stopped at any moment: the next opening goes on.
-func RebuildIndex(_ context.Context, dir string, o Options) (_ RebuildStats, err error) {
-	o, err = o.withDefaults()
-	if err != nil {
-		return RebuildStats{}, err
-	}
-	if _, err := readConfig(o.fs, dir); err != nil {
-		return RebuildStats{}, err
-	}
-	unlock, err := lock(dir, o.Watch)
-	if err != nil {
-		return RebuildStats{}, err
-	}
-	path := filepath.Join(dir, indexDir)
-	removing := o.Watch.BeginMany(durable.Changing, &path)
-	err = os.RemoveAll(path)
-	removing.End()
-	unlock()
-	if err != nil {
-		return RebuildStats{}, err
-	}
-	r, err := Open(dir, o)
-	if err != nil {
-		return RebuildStats{}, err
-	}
-	defer func() { err = errors.Join(err, r.Close()) }()
-	var s RebuildStats
-	for _, seg := range r.segments.sealedSegments() {
-		s.Segments++
-		s.Records += int64(seg.summary.Records)
-		s.Chunks += int64(seg.summary.Chunks)
-	}
-	return s, nil
 }

@@ -146,7 +146,7 @@ func TestIndexBehindAndAhead(t *testing.T) {
 	t.Run("rebuilt", func(t *testing.T) {
 		t.Parallel()
 		copied := crash(t, dir)
-		got, err := RebuildIndex(t.Context(), copied, Options{})
+		got, err := RebuildIndex(t.Context(), copied, Options{}, nil)
 		if err != nil || got.Chunks != 119 {
 			t.Errorf("got %+v, %v, want 119 chunks", got, err)
 		}

@@ -2,6 +2,8 @@ package blockstore
 
 import (
 	"bytes"
+	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -114,7 +116,13 @@ type Repository struct {
 
 // Open opens the repository in dir and recovers what a crash left. One process
 // at a time may have it open; for another the error is a [LockedError].
-func Open(dir string, o Options) (_ *Repository, err error) {
+func Open(dir string, o Options) (*Repository, error) {
+	return openRepository(context.Background(), dir, o, nil)
+}
+
+// openRepository is Open, but that ctx may stop the making of a new index and
+// progress, which may be nil, hears of segments looked at and how many there are.
+func openRepository(ctx context.Context, dir string, o Options, progress func(done, total int)) (_ *Repository, err error) {
 	o, err = o.withDefaults()
 	if err != nil {
 		return nil, err
@@ -160,14 +168,14 @@ func Open(dir string, o Options) (_ *Repository, err error) {
 		return nil, fmt.Errorf("%w: %s has %d bytes free and opening it needs %d; free some elsewhere on that file system",
 			ErrNoSpace, dir, free, minIndexSpace)
 	}
-	if r.index, err = openIndex(filepath.Join(dir, indexDir), o, r.log); err != nil {
+	if r.index, err = openIndex(filepath.Join(dir, indexDir), hex.EncodeToString(r.segments.repoID[:]), o, r.log); err != nil {
 		return nil, err
 	}
 	if r.damaged, err = r.index.damaged(); err != nil {
 		return nil, err
 	}
 	r.damagedCount.Store(int64(len(r.damaged)))
-	return r, r.loadSegments()
+	return r, r.loadSegments(ctx, progress)
 }
 
 // Close makes durable what was stored and closes the repository. No call may be
@@ -340,11 +348,9 @@ func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *sum
 		}
 		return nil
 	})
-	if err == nil {
-		err = r.index.sync()
-	}
 	if err == nil && sum != nil {
-		// Only what is entered and synced may be called entered.
+		// Only what is entered may be called entered: what a kill leaves of the index is its
+		// state at an earlier moment.
 		err = r.index.write(func(w indexWrite) error { return w.putSummary(seg.number, *sum) })
 	}
 	if err != nil {
@@ -404,9 +410,6 @@ func (r *Repository) markDamaged(ids []ID) error {
 		}
 		return nil
 	})
-	if err == nil {
-		err = r.index.sync()
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, id := range ids {

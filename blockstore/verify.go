@@ -111,7 +111,17 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 			d.unpin()
 		}
 	}()
-	if err := v.run(ctx, disks, points); err != nil {
+	indexErr := r.index.verify(ctx)
+	if errors.Is(indexErr, ErrIndexDamaged) {
+		v.add(VerifyError{File: indexDir, Reason: indexErr.Error() + ", or by repo rebuild-index"})
+	} else if indexErr != nil {
+		return v.result, indexErr
+	}
+	err = v.run(ctx, disks, points)
+	if indexErr != nil && errors.Is(err, ErrIndexDamaged) {
+		return v.result, nil // it is said, and what the index has lost is verified the next time
+	}
+	if err != nil {
 		return v.result, err
 	}
 	return v.result, v.end()

@@ -94,7 +94,7 @@ func TestDamage(t *testing.T) {
 					t.Error(err)
 				}
 				closeOnce(t, r)
-				if _, err := RebuildIndex(t.Context(), dir, o); err != nil {
+				if _, err := RebuildIndex(t.Context(), dir, o, nil); err != nil {
 					t.Fatal(err)
 				}
 				r = open(t, dir, o)
@@ -126,7 +126,7 @@ func TestDamagedEnvelope(t *testing.T) {
 			t.Errorf("offset %d: got %+v, %v, want one error of no point", off, v.Errors, err)
 		}
 		closeOnce(t, r)
-		if _, err := RebuildIndex(t.Context(), copied, Options{}); err != nil {
+		if _, err := RebuildIndex(t.Context(), copied, Options{}, nil); err != nil {
 			t.Fatal(err)
 		}
 		r = open(t, copied, Options{})

@@ -147,14 +147,19 @@ func (p *program) repoRebuildCommand() *cobra.Command {
 		Use:   "rebuild-index",
 		Short: "Make the index anew from the segments",
 		Long: `Throw the index away and make it anew from the segments, which hold everything
-that counts. For an index that is damaged; a missing one comes back by itself.`,
+that counts. It can be interrupted at any moment; the next command goes on.
+
+It is seldom needed: an index that is missing or damaged, that is of another
+repository, or that was open when the machine lost power, is made anew whenever the
+repository is opened.`,
 		Example: "  holdfast repo rebuild-index",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r, err := appliance.RebuildIndex(cmd.Context(), p.data, p.options())
+			r, err := appliance.RebuildIndex(cmd.Context(), p.data, p.options(), p.progress())
 			if err != nil {
 				return err
 			}
+			p.console.clear()
 			return p.print(r, "entered %d records of %d segments, %d of them chunks\n", r.Records, r.Segments, r.Chunks)
 		},
 	}
