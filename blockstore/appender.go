@@ -142,7 +142,7 @@ func (a *appender) start() (*writing, error) {
 	if err != nil {
 		return nil, noSpace(err)
 	}
-	seg.file = f
+	seg.file, seg.writable = f, true
 	if seg.aead, err = set.cipherOf(h.Number, h.Generation); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
@@ -240,10 +240,7 @@ func (a *appender) seal(w *writing) error {
 	}
 	set := a.r.segments
 	set.mu.Lock()
-	w.seg.sealed, w.seg.summary = true, sum
-	if w.seg.element == nil {
-		w.seg.element = set.opened.PushFront(w.seg)
-	}
+	set.sealLocked(w.seg, sum)
 	set.mu.Unlock()
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"time"
 )
@@ -45,6 +46,9 @@ type CollectResult struct {
 	DeadChunks int64 `json:"dead_chunks"` // records that nobody needs
 	DeadBytes  int64 `json:"dead_bytes"`  // what those take
 	FreedBytes int64 `json:"freed_bytes"` // given back to the file system
+	// ImmutableBytes are those of DeadBytes that stay because their files carry the immutable
+	// attribute.
+	ImmutableBytes int64 `json:"immutable_bytes"`
 }
 
 // Small segments are put together once there are smallCount of them that are
@@ -295,11 +299,9 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 // candidates returns the segments that can be collected, the deadest first, and what they
 // take, bytes.
 func (c *collection) candidates(ctx context.Context, segments []*segment) (todo []candidate, size int64, err error) {
-	small := 0
-	for _, seg := range segments {
-		if seg.summary.Size < c.r.segmentSize/smallShare {
-			small++
-		}
+	small, fixed, err := c.survey(segments)
+	if err != nil {
+		return nil, 0, err
 	}
 	for _, seg := range segments {
 		if err := c.pace(ctx); err != nil {
@@ -315,6 +317,10 @@ func (c *collection) candidates(ctx context.Context, segments []*segment) (todo 
 		}
 		cand := candidate{seg: seg}
 		total, dead := c.count(seg, entries)
+		if fixed[seg] {
+			c.result.ImmutableBytes += dead
+			continue
+		}
 		cand.deadBytes = dead
 		cand.worth = dead > 0 && float64(dead) >= c.o.MaxUnused*float64(total) ||
 			small >= smallCount && seg.summary.Size < c.r.segmentSize/smallShare
@@ -325,6 +331,25 @@ func (c *collection) candidates(ctx context.Context, segments []*segment) (todo 
 		return cmp.Compare(float64(b.deadBytes)/float64(b.seg.summary.Size), float64(a.deadBytes)/float64(a.seg.summary.Size))
 	})
 	return todo, size, nil
+}
+
+// survey returns how many segments are small, and those that nobody may remove: to copy
+// what they hold would give nothing back, and would be done again in each collection.
+func (c *collection) survey(segments []*segment) (small int, fixed map[*segment]bool, err error) {
+	fixed = map[*segment]bool{}
+	for _, seg := range segments {
+		immutable, err := c.r.fs.Immutable(seg.path)
+		switch {
+		case errors.Is(err, os.ErrNotExist): // its records cannot be read either
+		case err != nil:
+			return 0, nil, err
+		case immutable:
+			fixed[seg] = true
+		case seg.summary.Size < c.r.segmentSize/smallShare:
+			small++
+		}
+	}
+	return small, fixed, nil
 }
 
 // take puts a segment into quarantine, which is emptied before if there is no room, in memory

@@ -175,6 +175,13 @@
 // A verification reads past the caches. What a collection moves before it was read is found, by
 // another walk over the trees, at its new place.
 //
+// # Immutable files
+//
+// Sealed segments and point files may carry the file system's immutable attribute, which somebody
+// else sets and takes off (see PointFiles). A collection passes over such a segment before it copies
+// anything out of it, and one that becomes immutable before it is removed is live again. A segment
+// is closed for writing when it is sealed.
+//
 // # Limits
 //
 // Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks.

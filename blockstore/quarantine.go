@@ -9,6 +9,7 @@ import (
 	"math/bits"
 	"os"
 	"slices"
+	"syscall"
 )
 
 // minQuarantine is how many records a quarantine can hold in any repository; in
@@ -90,7 +91,17 @@ func (c *collection) release(ctx context.Context) error {
 	// live again at the next opening.
 	for len(q.segments) > 0 {
 		seg := q.segments[0].seg
-		if err := c.r.fs.Remove(seg.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		err := c.r.fs.Remove(seg.path)
+		if errors.Is(err, syscall.EPERM) { // it has become immutable since
+			c.r.log.Warn("segment cannot be removed and stays", attrSegment(seg), attrErr(err))
+			if err := c.r.revive(seg); err != nil {
+				return errors.Join(err, c.putBack())
+			}
+			c.result.FreedBytes -= q.segments[0].copied
+			q.segments = q.segments[1:]
+			continue
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return errors.Join(fmt.Errorf("remove segment: %w", err), c.putBack())
 		}
 		freed := seg.summary.Size - q.segments[0].copied

@@ -62,6 +62,11 @@ func (r *Repository) loadSegments(ctx context.Context, progress func(done, total
 // loadSegment enters a segment that the index does not know as sealed.
 func (r *Repository) loadSegment(seg *segment) error {
 	f, err := r.fs.OpenWrite(seg.path)
+	// A segment is immutable only once it is sealed.
+	immutable := errors.Is(err, syscall.EPERM)
+	if immutable {
+		f, err = r.fs.Open(seg.path)
+	}
 	if err != nil && !away(err) {
 		// The points that need it fail when they are read; others don't.
 		r.log.Error("segment cannot be opened", attrSegment(seg), attrErr(err))
@@ -79,7 +84,7 @@ func (r *Repository) loadSegment(seg *segment) error {
 	switch {
 	case err == nil:
 		return r.enterRecords(seg, entries, size)
-	case errors.Is(err, errUnsealed):
+	case errors.Is(err, errUnsealed) && !immutable:
 		return r.recoverSegment(seg, f, size)
 	case away(err):
 		return err

@@ -38,7 +38,8 @@ type segment struct {
 	sealed    bool
 	condemned bool // being collected: no new reference may rest on it
 	summary   summary
-	refs      int // readers at work
+	writable  bool // file is open for writing
+	refs      int  // readers at work
 	gone      bool
 	element   *list.Element // in segmentSet.opened while file may be open
 
@@ -229,7 +230,16 @@ func (s *segmentSet) release(seg *segment) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	seg.refs--
-	if seg.gone && seg.refs == 0 {
+	if (seg.gone || seg.sealed && seg.writable) && seg.refs == 0 {
+		s.closeLocked(seg)
+	}
+}
+
+// sealLocked makes a segment a sealed one. Its file is not kept open for writing: nothing of this
+// process can change it from here on.
+func (s *segmentSet) sealLocked(seg *segment, sum summary) {
+	seg.sealed, seg.summary = true, sum
+	if seg.refs == 0 {
 		s.closeLocked(seg)
 	}
 }
@@ -256,6 +266,7 @@ func (s *segmentSet) closeLocked(seg *segment) {
 		_ = seg.file.Close() // it was read only, or its writer has synced it
 		seg.file, seg.aead = nil, nil
 	}
+	seg.writable = false
 }
 
 // add enters a segment into the live set.
