@@ -105,6 +105,9 @@ func TestDeletePoints(t *testing.T) {
 	if want := []string{newer, other}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %v, %v, want each deleted once: %v", got, err, want)
 	}
+	if _, err := a.Collect(t.Context(), appliance.CollectOptions{}, nil); err != nil {
+		t.Error(err)
+	}
 	if _, err := os.Stat(damaged); err == nil {
 		t.Errorf("the damaged point is still there")
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 	"time"
@@ -76,9 +75,13 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 	if err := r.settle(); err != nil {
 		return CollectResult{}, fmt.Errorf("collect: the folder of points cannot be brought in order: %w", err)
 	}
-	if bad := r.DamagedPoints(); len(bad) > 0 {
-		return CollectResult{}, fmt.Errorf("point %s cannot be read (%w), so nobody knows which chunks it needs; nothing was collected; bring its file back, or delete the point",
-			bad[0].ID, bad[0].Err)
+	if err := r.collectable(); err != nil {
+		return CollectResult{}, err
+	}
+	if !o.DryRun {
+		if err := r.purge(); err != nil {
+			return CollectResult{}, fmt.Errorf("collect: deleted points cannot be purged: %w", err)
+		}
 	}
 	if err := r.appender.finish(); err != nil {
 		return CollectResult{}, err
@@ -125,12 +128,14 @@ type root struct {
 func (r *Repository) roots() []root {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.rootsLocked()
+	return r.rootsLocked(false)
 }
 
-func (r *Repository) rootsLocked() []root {
+// rootsLocked leaves out, for a dry run, the deleted points that a collection would purge.
+func (r *Repository) rootsLocked(dryRun bool) []root {
 	var roots []root
-	points := slices.SortedFunc(maps.Values(r.points), func(a, b Point) int {
+	points := r.kept(dryRun)
+	slices.SortFunc(points, func(a, b Point) int {
 		return cmp.Or(cmp.Compare(a.VM, b.VM), a.Time.Compare(b.Time))
 	})
 	for _, p := range points {
@@ -160,7 +165,7 @@ func (c *collection) begin(candidates []*segment) []root {
 		records += int(seg.summary.Records)
 	}
 	c.quarantine.limit = max(minQuarantine, records/64)
-	return r.rootsLocked()
+	return r.rootsLocked(c.o.DryRun)
 }
 
 func (c *collection) end() {

@@ -22,8 +22,9 @@ func TestConfirmation(t *testing.T) {
 	}{
 		{"point", func(t *testing.T, r *Repository) (func(), func() PointID) {
 			p := mustBackup(t, r, "vm", c)
+			f := r.points[p.ID]
 			delete(r.points, p.ID)
-			return func() { r.points[p.ID] = p }, func() PointID { return p.ID }
+			return func() { r.points[p.ID] = f }, func() PointID { return p.ID }
 		}},
 		{"open disk", func(t *testing.T, r *Repository) (func(), func() PointID) {
 			p := mustBackup(t, r, "vm", c)

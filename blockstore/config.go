@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
+	"github.com/holdfast-backup/holdfast/internal/steady"
 )
 
 // DefaultChunkSize is the chunk size that a repository gets unless told
@@ -36,8 +37,12 @@ type CreateOptions struct {
 	// Watch, if set, knows what is being done with the repository's storage.
 	Watch *durable.Watcher
 
+	// DeleteQuarantine is how long deleted points are kept: see SetDeleteQuarantine.
+	DeleteQuarantine time.Duration
+
 	// For tests; the zero values are those of production.
 	fs         durable.FS
+	clock      steady.Source
 	workFactor int // log2 of scrypt's N; 0 is age's own choice. Tests can't wait that long
 }
 
@@ -80,6 +85,9 @@ func Create(dir string, o CreateOptions) error {
 	if err := checkChunkSize(o.ChunkSize); err != nil {
 		return err
 	}
+	if err := checkQuarantine(o.DeleteQuarantine); err != nil {
+		return err
+	}
 	if err := durable.MkdirAll(fsys, dir); err != nil {
 		return err
 	}
@@ -100,8 +108,9 @@ func Create(dir string, o CreateOptions) error {
 		Format: formatVersion, ID: hex.EncodeToString(id[:]), ChunkSize: o.ChunkSize,
 		Hash: hashName, Created: time.Now().UTC().Truncate(time.Second),
 	}
+	var k *keys
 	if o.Passphrase != "" || len(o.Recipients) > 0 {
-		k := newKeys()
+		k = newKeys()
 		if c.Keys, err = k.wrap(o); err != nil {
 			return err
 		}
@@ -113,6 +122,9 @@ func Create(dir string, o CreateOptions) error {
 		}
 	}
 	if err := fsys.SyncDir(dir); err != nil {
+		return err
+	}
+	if err := createCatalog(fsys, filepath.Join(dir, pointsDir), sealer{k, id}, o); err != nil {
 		return err
 	}
 	data, err := json.MarshalIndent(c, "", "  ")
@@ -178,6 +190,7 @@ func (r *Repository) configure(data []byte, o Options) error {
 	if r.coder, err = newCoder(); err != nil {
 		return err
 	}
+	r.sealer = sealer{r.keys, [16]byte(id)}
 	r.segments = newSegmentSet(r.fs, filepath.Join(r.dir, segmentsDir), r.keys, [16]byte(id))
 	return nil
 }

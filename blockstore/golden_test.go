@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/steady"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -120,23 +124,42 @@ func TestGoldenSegment(t *testing.T) {
 	}
 }
 
-func TestGoldenPoint(t *testing.T) {
-	t.Parallel()
-	p := fixedPoint()
-	data, err := encodePoint(p, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	golden(t, "point", data)
-	back, err := decodePoint(data, p.ID, nil, DefaultChunkSize)
-	if err != nil || back.VM != p.VM || back.Disks[0] != p.Disks[0] || string(back.Config["vm.xml"]) != "<domain/>" || !back.Time.Equal(p.Time) {
-		t.Errorf("comes back as %+v, %v", back, err)
-	}
+// fixedSealer is that of a repository that every run of the test has.
+func fixedSealer(k *keys) sealer { return sealer{k, [16]byte{0: 0xaa, 15: 0xbb}} }
 
-	// An encrypted point has a random salt: hold one that was written once.
-	path := filepath.Join("testdata", "point-encrypted.hex")
+func fixedPointFile() pointFile {
+	return pointFile{
+		Point: fixedPoint(), Seq: 7, Prev: ID{4, 5, 6},
+		Committed: time.Date(2026, 11, 22, 1, 3, 0, 0, time.UTC), LockedUntil: time.Date(2026, 12, 22, 1, 3, 0, 0, time.UTC),
+	}
+}
+
+// fixedCatalog is a catalog to which everything has happened once.
+func fixedCatalog(s sealer) *catalog {
+	at := time.Date(2026, 11, 22, 1, 3, 0, 0, time.UTC)
+	c := s.newCatalog()
+	c.Clock = steady.Base{Time: at, Boot: "6ad2e1c2-8a4c-4a0e-9f56-1f2b6d4d8a11", Uptime: time.Hour}
+	c.Quarantine = 24 * time.Hour
+	c.record(s, Change{Op: OpSet, At: at, Quarantine: c.Quarantine})
+	f := fixedPointFile()
+	f.Seq, f.Prev = c.Seq+1, c.Chain
+	c.commit(s, f, ID{7, 8, 9})
+	f.ID, f.Seq, f.LockedUntil = "ffeeddccbbaa99887766554433221100", c.Seq+1, time.Time{}
+	c.commit(s, f, ID{9, 8, 7})
+	l := c.points[f.ID]
+	l.Deleted, l.PurgeAfter, l.Purged = at, at.Add(c.Quarantine), true
+	c.points[f.ID] = l
+	c.record(s, Change{Op: OpDelete, Point: f.ID, At: at, Until: l.PurgeAfter})
+	c.record(s, Change{Op: OpPurge, Point: f.ID, At: l.PurgeAfter})
+	return c
+}
+
+// goldenSealed returns what was written once with a random salt.
+func goldenSealed(t *testing.T, name string, write func() ([]byte, error)) []byte {
+	t.Helper()
+	path := filepath.Join("testdata", name+".hex")
 	if *update {
-		data, err := encodePoint(p, fixedKeys())
+		data, err := write()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -152,14 +175,69 @@ func TestGoldenPoint(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if back, err = decodePoint(sealed, p.ID, fixedKeys(), DefaultChunkSize); err != nil || back.VM != p.VM {
+	return sealed
+}
+
+func TestGoldenPoint(t *testing.T) {
+	t.Parallel()
+	s, f := fixedSealer(nil), fixedPointFile()
+	data, hash, err := s.encodePoint(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "point", data)
+	back, err := s.decodePoint(data, f.ID, DefaultChunkSize)
+	if err != nil || !reflect.DeepEqual(back.pointFile, f) || back.hash != hash || back.worn {
+		t.Errorf("comes back as %+v, %v", back, err)
+	}
+	if _, err := (sealer{repo: [16]byte{1}}).decodePoint(data, f.ID, DefaultChunkSize); !errors.Is(err, errForged) {
+		t.Errorf("another repository's point: got %v, want %v", err, errForged)
+	}
+
+	s = fixedSealer(fixedKeys())
+	sealed := goldenSealed(t, "point-encrypted", func() ([]byte, error) {
+		data, _, err := s.encodePoint(f)
+		return data, err
+	})
+	if back, err = s.decodePoint(sealed, f.ID, DefaultChunkSize); err != nil || !reflect.DeepEqual(back.pointFile, f) || back.hash != hash {
 		t.Errorf("encrypted: got %+v, %v", back, err)
 	}
 	if bytes.Contains(sealed, []byte("web")) {
 		t.Error("an encrypted point shows the VM's name")
 	}
-	if _, err := decodePoint(sealed, "ff112233445566778899aabbccddeeff", fixedKeys(), DefaultChunkSize); err == nil {
-		t.Error("an encrypted point under another's name was accepted")
+	if _, err := s.decodePoint(sealed, "ff112233445566778899aabbccddeeff", DefaultChunkSize); !errors.Is(err, errForged) {
+		t.Errorf("an encrypted point under another's name: got %v, want %v", err, errForged)
+	}
+	if _, err := s.decodePoint(data, f.ID, DefaultChunkSize); !errors.Is(err, errForged) {
+		t.Errorf("a plain point in an encrypted repository: got %v, want %v", err, errForged)
+	}
+}
+
+func TestGoldenCatalog(t *testing.T) {
+	t.Parallel()
+	s := fixedSealer(nil)
+	want := fixedCatalog(s)
+	data, err := s.encodeCatalog(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "catalog", data)
+	if back, worn, err := s.decodeCatalog(data); err != nil || worn || !reflect.DeepEqual(back, want) {
+		t.Errorf("comes back as %+v, %v, %v", back, worn, err)
+	}
+	s = fixedSealer(fixedKeys())
+	want = fixedCatalog(s)
+	sealed := goldenSealed(t, "catalog-encrypted", func() ([]byte, error) { return s.encodeCatalog(want) })
+	if back, worn, err := s.decodeCatalog(sealed); err != nil || worn || !reflect.DeepEqual(back, want) {
+		t.Errorf("encrypted: comes back as %+v, %v, %v", back, worn, err)
+	}
+	for _, plain := range []string{"web", "commit", string(want.Chain[:]), want.Chain.String()} {
+		if bytes.Contains(sealed, []byte(plain)) {
+			t.Errorf("an encrypted catalog shows %q", plain)
+		}
+	}
+	if _, _, err := s.decodeCatalog(data); !errors.Is(err, errForged) {
+		t.Errorf("a plain catalog in an encrypted repository: got %v, want %v", err, errForged)
 	}
 }
 

@@ -3,20 +3,18 @@ package blockstore
 import (
 	"cmp"
 	"crypto/rand"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/zeebo/blake3"
+
 	"github.com/holdfast-backup/holdfast/image"
-	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // PointID names a restore point: 32 hexadecimal digits.
@@ -43,6 +41,10 @@ type Point struct {
 	Consistency string            `json:"consistency"` // what the guest's data can be trusted for, such as "crash"
 	Disks       []PointDisk       `json:"disks"`
 	Config      map[string][]byte `json:"config,omitempty"` // the VM's configuration: file name to content
+
+	// LockedUntil is when the point's lock ends by this machine's clock, if the machine stays on; zero
+	// if it is not locked. It is told and not set: see LockPoint and Session.LockFor.
+	LockedUntil time.Time `json:"-"`
 }
 
 // PointDisk is one disk of a point.
@@ -71,7 +73,6 @@ func (p Point) Disk(name string) (PointDisk, error) {
 
 // Limits of a point, checked when it is written and when it is read.
 const (
-	maxPointFile = 64 << 20
 	maxDisks     = 1024
 	maxNameBytes = 255
 )
@@ -113,161 +114,88 @@ func ValidFileName(s string) bool {
 	return validName(s) && len(s) <= 240 && !strings.Contains(s, "/") && s != "." && s != ".."
 }
 
-// A point file is a header (magic, version, flags, length and checksum of the
-// payload, salt) and the payload. See the package comment.
-const (
-	pointMagic      = "HFPOINT\x00"
-	pointHeaderSize = 40
-	pointSuffix     = ".point"
-	pointEncrypted  = 1 << 0
-)
+// pointFile is what a point's file holds. It is never changed: what happens to a point later is in
+// the catalog.
+type pointFile struct {
+	Point
+	// Seq is the number of the change that lists the point, Prev the chain's value before it: so an
+	// opening knows a commit that was cut short before the catalog was written.
+	Seq  uint64 `json:"seq"`
+	Prev ID     `json:"prev"`
+	// Committed and LockedUntil, zero if it is not locked, are by the repository's clock.
+	Committed   time.Time `json:"committed"`
+	LockedUntil time.Time `json:"locked_until,omitzero"`
+}
 
-// encodePoint returns the content of a point's file.
-func encodePoint(p Point, k *keys) ([]byte, error) {
-	payload, err := json.Marshal(p)
+const pointSuffix = ".point"
+
+var pointKind = envelopeKind{"HFPOINT\x00", contextPoint}
+
+// encodePoint returns the content of a point's file, and the hash by which the catalog
+// knows it.
+func (s sealer) encodePoint(f pointFile) (data []byte, hash ID, err error) {
+	payload, err := json.Marshal(f)
 	if err != nil {
-		return nil, err
+		return nil, ID{}, err
 	}
-	var flags uint16
-	var salt [16]byte
-	if k != nil {
-		flags |= pointEncrypted
-		_, _ = rand.Read(salt[:]) // crypto/rand never fails
-		aead, err := k.seal(contextPoint, salt[:])
-		if err != nil {
-			return nil, err
-		}
-		payload = aead.Seal(nil, nonce(0), payload, []byte(p.ID))
+	data, err = s.encode(pointKind, string(f.ID), payload)
+	if err != nil {
+		return nil, ID{}, fmt.Errorf("the VM's configuration is too large: %w", err)
 	}
-	if len(payload) > maxPointFile-pointHeaderSize {
-		return nil, fmt.Errorf("point of %d bytes: the VM's configuration is too large", len(payload))
-	}
-	b := make([]byte, 0, pointHeaderSize+len(payload))
-	b = append(b, pointMagic...)
-	b = binary.LittleEndian.AppendUint16(b, formatVersion)
-	b = binary.LittleEndian.AppendUint16(b, flags)
-	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
-	b = append(b, salt[:]...)
-	b = append(b, 0, 0, 0, 0)
-	crc := crc32.Update(crc32.Checksum(b, castagnoli), castagnoli, payload)
-	b = binary.LittleEndian.AppendUint32(b, crc)
-	return append(b, payload...), nil
+	return data, blake3.Sum256(payload), nil
+}
+
+// loadedPoint is a point's file as it was read.
+type loadedPoint struct {
+	pointFile
+	hash ID
+	contents
 }
 
 // decodePoint reads the content of the file of the point id.
-func decodePoint(b []byte, id PointID, k *keys, chunkSize int) (Point, error) {
-	if len(b) < pointHeaderSize || string(b[:8]) != pointMagic {
-		return Point{}, errors.New("not a point file")
+func (s sealer) decodePoint(data []byte, id PointID, chunkSize int) (loadedPoint, error) {
+	in, err := s.decode(pointKind, string(id), data)
+	if err != nil {
+		return loadedPoint{}, fmt.Errorf("the point's file is damaged: %w", err)
 	}
-	header, payload := b[:pointHeaderSize], b[pointHeaderSize:]
-	if v := binary.LittleEndian.Uint16(header[8:]); v != formatVersion {
-		return Point{}, fmt.Errorf("point format %d, this program reads %d", v, formatVersion)
-	}
-	if int64(binary.LittleEndian.Uint32(header[12:])) != int64(len(payload)) {
-		return Point{}, fmt.Errorf("the point's file has %d bytes where its header says otherwise", len(b))
-	}
-	if crc32.Update(crc32.Checksum(header[:36], castagnoli), castagnoli, payload) != binary.LittleEndian.Uint32(header[36:]) {
-		return Point{}, errCRC
-	}
-	flags := binary.LittleEndian.Uint16(header[10:])
-	if flags&^pointEncrypted != 0 || (flags&pointEncrypted != 0) != (k != nil) {
-		return Point{}, fmt.Errorf("point flags %#x do not fit this repository", flags)
-	}
-	if k != nil {
-		aead, err := k.seal(contextPoint, header[16:32])
-		if err != nil {
-			return Point{}, err
-		}
-		if payload, err = aead.Open(nil, nonce(0), payload, []byte(id)); err != nil {
-			return Point{}, errors.New("decryption failed: the point's file was changed or is not of this repository")
-		}
-	}
-	var p Point
-	if err := json.Unmarshal(payload, &p); err != nil {
-		return Point{}, err
+	p := loadedPoint{hash: blake3.Sum256(in.payload), contents: in}
+	if err := json.Unmarshal(in.payload, &p.pointFile); err != nil {
+		return loadedPoint{}, err
 	}
 	if p.ID != id {
-		return Point{}, fmt.Errorf("the file is that of point %s", p.ID)
+		return loadedPoint{}, fmt.Errorf("the file is that of point %.32q", p.ID)
+	}
+	if p.Seq > maxSeq || !sane(p.Time, p.Committed, p.LockedUntil) {
+		return loadedPoint{}, errors.New("its figures make no sense")
 	}
 	return p, p.check(chunkSize)
 }
 
-// DamagedPoint is a point whose file can't be read.
-type DamagedPoint struct {
-	ID  PointID
-	Err error
-}
-
-// loadPoints reads the point files of a repository.
-func (r *Repository) loadPoints() error {
-	folder := filepath.Join(r.dir, pointsDir)
-	if err := durable.RemoveTemporary(r.fs, folder); err != nil {
-		return err
-	}
-	files, err := r.fs.ReadDir(folder)
-	if err != nil {
-		return err
-	}
-	for _, f := range files {
-		name, isPoint := strings.CutSuffix(f.Name(), pointSuffix)
-		id := PointID(name)
-		if !isPoint || !id.valid() {
-			r.log.Warn("the folder of points holds something else", attrPath(f.Name()))
-			continue
-		}
-		path := filepath.Join(folder, f.Name())
-		data, err := durable.ReadFile(r.fs, path, maxPointFile)
-		var p Point
-		if err == nil {
-			p, err = decodePoint(data, id, r.keys, r.chunkSize)
-		}
-		if away(err) {
-			return err
-		}
-		if err != nil {
-			r.log.Error("point cannot be read", attrPath(path), attrErr(err))
-			r.damagedPoints[id] = err
-			continue
-		}
-		r.points[id] = p
-	}
-	return nil
-}
-
-// Points returns the restore points, oldest first.
+// Points returns the restore points that are not deleted, oldest first.
 func (r *Repository) Points() []Point {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make([]Point, 0, len(r.points))
 	for _, p := range r.points {
-		out = append(out, p)
+		p.Point.LockedUntil = r.lockedUntil(p.ID)
+		out = append(out, p.Point)
 	}
-	slices.SortFunc(out, func(a, b Point) int {
-		return cmp.Or(a.Time.Compare(b.Time), cmp.Compare(a.ID, b.ID))
-	})
+	slices.SortFunc(out, Point.compare)
 	return out
 }
 
-// DamagedPoints returns the points whose files cannot be read.
-func (r *Repository) DamagedPoints() []DamagedPoint {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := make([]DamagedPoint, 0, len(r.damagedPoints))
-	for id, err := range r.damagedPoints {
-		out = append(out, DamagedPoint{id, err})
-	}
-	slices.SortFunc(out, func(a, b DamagedPoint) int { return cmp.Compare(a.ID, b.ID) })
-	return out
-}
+// compare orders points by time.
+func (p Point) compare(q Point) int { return cmp.Or(p.Time.Compare(q.Time), cmp.Compare(p.ID, q.ID)) }
 
 // Point returns the point with an id.
 func (r *Repository) Point(id PointID) (Point, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if p, ok := r.points[id]; ok {
-		return p, nil
+		p.Point.LockedUntil = r.lockedUntil(id)
+		return p.Point, nil
 	}
-	return Point{}, fmt.Errorf("point %s: %w", id, ErrNotFound)
+	return Point{}, r.noPointLocked(id)
 }
 
 // Latest returns a VM's newest point and whether it has one.
@@ -281,55 +209,16 @@ func (r *Repository) Latest(vm string) (Point, bool) {
 	return Point{}, false
 }
 
+// noPointLocked says that there is no point with an id.
+func (r *Repository) noPointLocked(id PointID) error {
+	if _, ok := r.deleted[id]; ok {
+		return fmt.Errorf("point %s is deleted; undelete it first: %w", id, ErrNotFound)
+	}
+	return fmt.Errorf("point %s: %w", id, ErrNotFound)
+}
+
 func (r *Repository) pointPath(id PointID) string {
 	return filepath.Join(r.dir, pointsDir, string(id)+pointSuffix)
-}
-
-// DeletePoint removes a point, durably. Its space comes back with the next
-// collection. What has the point's disks open keeps reading them. A point
-// whose file is damaged can be deleted too.
-func (r *Repository) DeletePoint(id PointID) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, good := r.points[id]
-	_, damaged := r.damagedPoints[id]
-	if !good && !damaged {
-		return fmt.Errorf("point %s: %w", id, ErrNotFound)
-	}
-	if err := r.fs.Remove(r.pointPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	delete(r.points, id)
-	delete(r.damagedPoints, id)
-	// Stopped before its removal is durable, the point may be there again: whole, since
-	// no collection starts before it is.
-	r.unsettled[id] = struct{}{}
-	return r.settleLocked()
-}
-
-// settle is settleLocked for a caller that does not hold r.mu.
-func (r *Repository) settle() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.settleLocked()
-}
-
-// settleLocked makes sure that the points which are not listed any more have no files.
-// r.mu is held.
-func (r *Repository) settleLocked() error {
-	if len(r.unsettled) == 0 {
-		return nil
-	}
-	for id := range r.unsettled {
-		if err := r.fs.Remove(r.pointPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	if err := r.fs.SyncDir(filepath.Join(r.dir, pointsDir)); err != nil {
-		return err
-	}
-	clear(r.unsettled)
-	return nil
 }
 
 // OpenDisk opens one disk of a point for reading; name may be "" if it
@@ -340,7 +229,7 @@ func (r *Repository) OpenDisk(id PointID, name string, o DiskOptions) (*Disk, er
 	defer r.mu.Unlock()
 	p, ok := r.points[id]
 	if !ok {
-		return nil, fmt.Errorf("point %s: %w", id, ErrNotFound)
+		return nil, r.noPointLocked(id)
 	}
 	d, err := p.Disk(name)
 	if err != nil {

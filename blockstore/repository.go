@@ -17,6 +17,7 @@ import (
 	"github.com/dgraph-io/badger/v4"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
+	"github.com/holdfast-backup/holdfast/internal/steady"
 )
 
 // Names in a repository's folder.
@@ -48,7 +49,8 @@ type Options struct {
 
 	// For tests; the zero values are those of production.
 	fs          durable.FS
-	indexMemory int64                                    // see indexMemory
+	indexMemory int64 // see indexMemory
+	clock       steady.Source
 	openDB      func(badger.Options) (*badger.DB, error) // badger.Open
 }
 
@@ -67,6 +69,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.indexMemory == 0 {
 		o.indexMemory = indexMemory
+	}
+	if o.clock == nil {
+		o.clock = steady.System()
 	}
 	if o.openDB == nil {
 		o.openDB = badger.Open
@@ -103,13 +108,13 @@ type Repository struct {
 	reindexing  sync.Mutex
 	reindexed   bool // guarded by reindexing: the segments were all entered again
 
-	mu            sync.Mutex // guards the fields below; taken before segmentSet.mu
-	points        map[PointID]Point
-	damagedPoints map[PointID]error
-	pins          map[Map]int     // maps that readers or sessions rest on
-	damaged       map[ID]struct{} // chunks and nodes whose records are known to be bad
-	// unsettled are points that are not listed and may still have a file.
-	unsettled map[PointID]struct{}
+	clock  *steady.Clock
+	sealer sealer
+
+	mu sync.Mutex // guards the fields below; taken before segmentSet.mu
+	pointSet
+	pins    map[Map]int     // maps that readers or sessions rest on
+	damaged map[ID]struct{} // chunks and nodes whose records are known to be bad
 
 	damagedCount atomic.Int64 // of damaged, to be read without mu
 }
@@ -138,9 +143,8 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 	}
 	r := &Repository{
 		dir: dir, fs: fsys, log: o.Log, segmentSize: o.SegmentSize, unlock: unlock,
-		claims: newClaims(),
-		points: map[PointID]Point{}, damagedPoints: map[PointID]error{}, pins: map[Map]int{},
-		unsettled: map[PointID]struct{}{},
+		claims:   newClaims(),
+		pointSet: newPointSet(), pins: map[Map]int{},
 	}
 	defer func() {
 		if err != nil {
@@ -158,7 +162,7 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 	r.ahead = newPrefetcher(r.chunks.limit)
 	r.buffers.New = func() any { b := make([]byte, 0, recordHeaderSize+r.chunkSize+sealOverhead); return &b }
 	r.appender = newAppender(r)
-	if err := r.loadPoints(); err != nil {
+	if err := r.loadPoints(o.clock); err != nil {
 		return nil, err
 	}
 	// BadgerDB writes to mapped files, which a full disk turns into a crash.
@@ -181,7 +185,7 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 // Close makes durable what was stored and closes the repository. No call may be
 // under way, no disk open.
 func (r *Repository) Close() error {
-	err := r.appender.close()
+	err := errors.Join(r.appender.close(), r.keepTime())
 	return errors.Join(err, r.release())
 }
 

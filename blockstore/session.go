@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // Session stores what becomes one restore point. Until it ends, no collection
@@ -18,6 +16,7 @@ type Session struct {
 	r     *Repository
 	epoch uint64
 	bases []Map
+	lock  time.Duration // for which the point will be locked
 
 	// Guarded by segmentSet.mu. A collection decides by the marks and confirms by the ids.
 	marks marks
@@ -59,7 +58,7 @@ func (s *Session) Close() {
 func (s *Session) Base(vm, disk string) (Map, PointID) {
 	s.r.mu.Lock()
 	defer s.r.mu.Unlock()
-	var newest *Point
+	var newest *pointFile
 	for _, p := range s.r.points {
 		if p.VM == vm && (newest == nil || p.Time.After(newest.Time)) {
 			newest = &p
@@ -68,7 +67,7 @@ func (s *Session) Base(vm, disk string) (Map, PointID) {
 	if newest == nil {
 		return Map{}, ""
 	}
-	m, ok := s.pinLocked(*newest, disk)
+	m, ok := s.pinLocked(newest.Point, disk)
 	if !ok {
 		return Map{}, ""
 	}
@@ -83,7 +82,7 @@ func (s *Session) BaseAt(id PointID, disk string) (Map, bool) {
 	if !ok {
 		return Map{}, false
 	}
-	return s.pinLocked(p, disk)
+	return s.pinLocked(p.Point, disk)
 }
 
 // pinLocked keeps the map of a disk until the session ends.
@@ -243,6 +242,16 @@ func (s *Session) build(base tree, first, end int64, leaves []Leaf) (ID, int64, 
 	return id, total + stored.Bytes, err
 }
 
+// LockFor has Commit lock the point for a time from then on, as LockPoint would; 0 does not lock it.
+func (s *Session) LockFor(length time.Duration) error {
+	if length == 0 {
+		s.lock = 0
+		return nil
+	}
+	s.lock = length
+	return checkLock(length)
+}
+
 // Commit makes everything that the session stored durable and then lists the
 // point. The id must be new (see NewPointID); the time is moved on by whole milliseconds until no
 // other point of the VM has it. When Commit returns nil the point is there for good;
@@ -266,31 +275,18 @@ func (s *Session) Commit(ctx context.Context, p Point) (Point, error) {
 	defer s.r.mu.Unlock()
 	for taken := true; taken; {
 		taken = false
-		for _, other := range s.r.points {
+		for _, other := range s.r.catalog.points {
 			if other.VM == p.VM && other.Time.Equal(p.Time) {
 				p.Time, taken = p.Time.Add(time.Millisecond), true
 			}
 		}
 	}
-	if _, exists := s.r.points[p.ID]; exists {
+	if s.r.takenLocked(p.ID) {
 		return Point{}, fmt.Errorf("point %s exists", p.ID)
 	}
-	data, err := encodePoint(p, s.r.keys)
-	if err != nil {
-		return Point{}, err
+	if err := s.r.writePoint(p, s.lock); err != nil {
+		return Point{}, fmt.Errorf("write point: %w", err)
 	}
-	// Every chunk and node of the point is durable here; the point's file is what
-	// commits it.
-	path := s.r.pointPath(p.ID)
-	if err := durable.WriteFile(s.r.fs, path, data); err != nil {
-		// The rename may have happened all the same. What is not acknowledged must not
-		// be listed; until that is sure, nothing is collected.
-		s.r.unsettled[p.ID] = struct{}{}
-		if settleErr := s.r.settleLocked(); settleErr != nil {
-			s.r.log.Error("the file of a point that failed cannot be removed", attrPath(path), attrErr(settleErr))
-		}
-		return Point{}, fmt.Errorf("write point: %w", noSpace(err))
-	}
-	s.r.points[p.ID] = p
+	p.LockedUntil = s.r.lockedUntil(p.ID)
 	return p, nil
 }

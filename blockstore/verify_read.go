@@ -27,14 +27,14 @@ func (v *verification) files(ctx context.Context) error {
 	return nil
 }
 
-// verifyPoints tells of the points whose files cannot be read.
-func (r *Repository) verifyPoints(context.Context) ([]VerifyError, error) {
+// verifyPoints reads the files of the points and of the catalog, and tells of what is wrong with them.
+func (r *Repository) verifyPoints(ctx context.Context) ([]VerifyError, error) {
+	if err := r.CheckPoints(ctx); err != nil {
+		return nil, err
+	}
 	var out []VerifyError
-	for _, d := range r.DamagedPoints() {
-		out = append(out, VerifyError{
-			Point: d.ID, File: pointsDir + "/" + string(d.ID) + pointSuffix,
-			Reason: "the point's file cannot be read: " + d.Err.Error(),
-		})
+	for _, p := range r.PointProblems() {
+		out = append(out, VerifyError{Point: p.ID, VM: p.VM, File: p.File, Reason: p.Err.Error()})
 	}
 	return out, nil
 }

@@ -142,7 +142,9 @@ func TestDamagedPoint(t *testing.T) {
 	p := mustBackup(t, r, "vm", content{1, 2})
 	other := mustBackup(t, r, "vm", content{2, 3})
 	closeOnce(t, r)
-	flip(t, r.pointPath(p.ID), 60)
+	for _, copy := range []int64{0, envelopeAlign} {
+		flip(t, r.pointPath(p.ID), copy+60)
+	}
 	r = open(t, dir, Options{})
 	if bad := r.DamagedPoints(); len(bad) != 1 || bad[0].ID != p.ID || len(r.Points()) != 1 {
 		t.Errorf("got damaged points %v", bad)
