@@ -12,8 +12,8 @@ GOLANGCI_LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v
 .PHONY: build test check demo bench fuzz deps clean help
 .DEFAULT_GOAL := build
 
-build: ## build bin/holdfast (the default)
-	CGO_ENABLED=0 go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/holdfast ./cmd/holdfast
+build: ## build bin/holdfast and bin/holdfast-guard (the default)
+	CGO_ENABLED=0 go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 test: deps ## run every test with the race detector; a missing tool fails, nothing is skipped
 	go test -race -timeout 20m -p 2 ./...

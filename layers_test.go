@@ -23,26 +23,29 @@ var layers = map[string][]string{
 	"internal/steady":   {},
 	"internal/faultfs":  {"internal/durable"},
 	"blockstore":        {"image", "internal/durable", "internal/steady"},
+	"internal/guard":    {},
 	"nbdserver":         {"image"},
 	"nbdserver/overlay": {"image", "internal/durable"},
 	"fusefs":            {"image"},
 	"hypervisor":        {"image", "nbdserver"},
 	"ingest":            {"image", "blockstore"},
 	"appliance": {
-		"image", "systemd", "internal/durable",
+		"image", "systemd", "internal/durable", "internal/guard",
 		"blockstore", "nbdserver", "nbdserver/overlay", "fusefs", "hypervisor", "ingest",
 	},
-	"cmd/holdfast": {"appliance", "systemd"},
-	"e2e":          {},
+	"cmd/holdfast":       {"appliance", "systemd"},
+	"cmd/holdfast-guard": {"systemd", "internal/durable", "internal/guard", "internal/steady"},
+	"e2e":                {},
 }
 
 // testLayers are imports that only the tests of a part may add.
 var testLayers = map[string][]string{
-	"blockstore":        {"internal/faultfs"},
-	"nbdserver":         {"systemd"},
-	"nbdserver/overlay": {"internal/faultfs"},
-	"ingest":            {"internal/faultfs"},
-	"appliance":         {"internal/faultfs"},
+	"blockstore":         {"internal/faultfs"},
+	"nbdserver":          {"systemd"},
+	"nbdserver/overlay":  {"internal/faultfs"},
+	"ingest":             {"internal/faultfs"},
+	"appliance":          {"internal/faultfs"},
+	"cmd/holdfast-guard": {"internal/faultfs"},
 }
 
 // goPackage is what the test reads of `go list -json`.
