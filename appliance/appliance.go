@@ -73,6 +73,8 @@ type Appliance struct {
 	dir  string // absolute
 	repo *blockstore.Repository
 	log  *slog.Logger
+	// identities opened the data folder, and may fit new recipients.
+	identities []age.Identity
 
 	// binding is held while an overlay comes into being over a point, and while a
 	// point is deleted: no overlay is left without its point.
@@ -103,7 +105,7 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if err != nil {
 		return nil, openError(dir, err)
 	}
-	return &Appliance{dir: dir, repo: repo, log: o.Log, held: map[string]bool{}}, nil
+	return &Appliance{dir: dir, repo: repo, log: o.Log, identities: keys.Identities, held: map[string]bool{}}, nil
 }
 
 // dataFolder returns the absolute path of a data folder.
@@ -166,8 +168,8 @@ func Init(dir string, o InitOptions) (InitResult, error) {
 	}
 	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients}
 	for _, r := range o.Recipients {
-		if _, err := age.ParseX25519Recipient(r); err != nil {
-			return InitResult{}, invalid("recipient %q: want an age public key such as age1…: %v", r, err)
+		if err := (blockstore.NewKey{Recipient: r}).Check(); err != nil {
+			return InitResult{}, &kindError{err.Error(), errInvalid}
 		}
 	}
 	if o.PassphraseFile != "" {

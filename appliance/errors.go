@@ -43,6 +43,9 @@ var kinds = []struct {
 
 	{blockstore.ErrExists, Refused},
 	{blockstore.ErrWrongKey, Refused},
+	{blockstore.ErrNotEncrypted, Refused},
+	{blockstore.ErrLastKey, Refused},
+	{blockstore.ErrKeyExists, Refused},
 	{blockstore.ErrCollecting, Refused},
 	{nbdserver.ErrExists, Refused},
 	{nbdclient.ErrNoExport, NotFound},

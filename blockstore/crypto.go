@@ -7,11 +7,7 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
-	"fmt"
-	"io"
 
-	"filippo.io/age"
 	"github.com/zeebo/blake3"
 )
 
@@ -78,86 +74,6 @@ func (k *keys) authenticate(context string, data []byte) []byte {
 	}
 	_, _ = h.Write(data)
 	return h.Sum(nil)
-}
-
-// wrappedKey is the repository key, encrypted for one passphrase or one
-// recipient as an age file (age-encryption.org/v1).
-type wrappedKey struct {
-	Kind string `json:"kind"` // "passphrase" or "recipient"
-	Age  []byte `json:"age"`
-}
-
-// wrap encrypts the repository key for a passphrase and for each recipient, in
-// age's notation ("age1…").
-func (k *keys) wrap(o CreateOptions) ([]wrappedKey, error) {
-	var out []wrappedKey
-	add := func(kind string, r age.Recipient) error {
-		var b bytes.Buffer
-		w, err := age.Encrypt(&b, r)
-		if err != nil {
-			return err
-		}
-		if _, err := w.Write(k.master[:]); err != nil {
-			return err
-		}
-		if err := w.Close(); err != nil {
-			return err
-		}
-		out = append(out, wrappedKey{kind, b.Bytes()})
-		return nil
-	}
-	if o.Passphrase != "" {
-		r, err := age.NewScryptRecipient(o.Passphrase)
-		if err != nil {
-			return nil, err
-		}
-		if o.workFactor != 0 {
-			r.SetWorkFactor(o.workFactor)
-		}
-		if err := add("passphrase", r); err != nil {
-			return nil, err
-		}
-	}
-	for _, s := range o.Recipients {
-		r, err := age.ParseX25519Recipient(s)
-		if err != nil {
-			return nil, fmt.Errorf("recipient %q: %w", s, err)
-		}
-		if err := add("recipient", r); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-// unwrap opens the repository key with whatever of the options fits.
-func unwrap(wrapped []wrappedKey, o Options) (*keys, error) {
-	identities := o.Identities
-	if o.Passphrase != "" {
-		id, err := age.NewScryptIdentity(o.Passphrase)
-		if err != nil {
-			return nil, err
-		}
-		identities = append([]age.Identity{id}, identities...)
-	}
-	if len(identities) == 0 {
-		return nil, fmt.Errorf("%w: give its passphrase or identity", ErrWrongKey)
-	}
-	failure := ErrWrongKey
-	for i, w := range wrapped {
-		k := &keys{}
-		r, err := age.Decrypt(bytes.NewReader(w.Age), identities...)
-		if err == nil {
-			_, err = io.ReadFull(r, k.master[:])
-		}
-		if err == nil {
-			return k, nil
-		}
-		if _, no := errors.AsType[*age.NoIdentityMatchError](err); !no {
-			failure = fmt.Errorf("%w; wrapped key %d: %w", failure, i+1, err) // another may open it
-		}
-	}
-	return nil, failure
 }
 
 // sameMAC compares two authenticators in constant time.

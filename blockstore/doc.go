@@ -12,11 +12,12 @@
 //
 // # The folder
 //
-//	repository.json     what was chosen at creation, and the wrapped key
-//	lock                held by the process that has the repository open
-//	segments/*.seg      the only home of chunks
-//	points/*.point      one file a restore point
-//	index/              BadgerDB: id → place. A cache of the segments
+//	repository.json       what was chosen at creation, and the wrapped keys
+//	repository.json.copy  the same
+//	lock                  held by the process that has the repository open
+//	segments/*.seg        the only home of chunks
+//	points/*.point        one file a restore point
+//	index/                BadgerDB: id → place. A cache of the segments
 //
 // Segments and points are the truth; without index/, or with one that it cannot trust, the next
 // opening makes it anew.
@@ -88,14 +89,41 @@
 // keyed BLAKE3 hash, so that no chunk, whatever a guest writes into it, has the id
 // of a node. In a plain repository the key for nodes is no secret.
 //
-// An encrypted repository has one random key of 32 bytes. repository.json holds
-// it, encrypted as an age file for a passphrase or for a recipient. All
+// An encrypted repository has one random key of 32 bytes. repository.json holds it up to 64
+// times, each encrypted as an age file for a passphrase or for a recipient. All
 // others are derived from it with BLAKE3's derive_key: the keys of the id
 // hashes, which then tell nothing of the content, a key for each segment, from its
 // number and generation, and one for each point file, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
 // record is its offset, its additional data are bytes 0–47 of its header; for a point
-// the nonce is zero and the additional data are its id. repository.json carries a
-// keyed hash of its own fields.
+// the nonce is zero and the additional data are its id. docs/security.md says what this
+// protects and what not.
+//
+// # repository.json
+//
+// A JSON object of up to 1 MiB, without fields of other names:
+//
+//	format      1
+//	id          32 hexadecimal digits
+//	chunk_size  bytes
+//	hash        "blake3"
+//	created     time
+//	revision    from 1, one more with each change
+//	keys        up to 64: id (8 hexadecimal digits), kind ("passphrase" or "recipient"),
+//	            label (up to 64 bytes, or none), created, recipient (of that
+//	            kind: the public key, up to 4 KiB), age (up to 4 KiB)
+//	mac         keyed BLAKE3 hash of the fields above
+//	checksum    BLAKE3 hash of the fields above and of mac's bytes
+//
+// Without keys there is no mac. Both hashes cover the fields in this order, keys as their number
+// and then the fields of each; each as text, behind its length in 4 bytes, little-endian; times as
+// RFC 3339 in UTC without zeros at the end.
+//
+// repository.json.copy holds the same. A change is written to repository.json and then
+// to the copy, each under a temporary name, with fsync, rename and fsync of the folder;
+// only at creation the copy is first. So one of them is whole at any moment, and an opening takes the
+// newest that is; one with keys goes before one without. It writes anew what is missing or
+// older, and leaves what is damaged to a repair. The copy alone, without
+// segments and points, is what a creation leaves that was stopped: no repository yet.
 //
 // # Durability
 //
@@ -121,6 +149,9 @@
 // unsealed until the next opening; collections pass it over.
 //
 // # Opening
+//
+// A repository.json that is not that of the segments is refused: another id, another
+// repository key, or plain where they are encrypted.
 //
 // A segment of which the index has no summary is entered from its table of contents.
 // One that has none, because its writer was stopped or its end is damaged, is cut behind
@@ -170,7 +201,7 @@
 //
 // Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
 // segmentSet.mu, segment.opening, cache.mu, chunkCache.mu. prefetcher.mu is taken
-// by itself. A claim is waited for with no lock held.
+// by itself, and so is Repository.configMu, by changes of keys. A claim is waited for with no lock held.
 //
 // A verification reads past the caches. What a collection moves before it was read is found, by
 // another walk over the trees, at its new place.

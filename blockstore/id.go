@@ -76,7 +76,7 @@ var (
 	ErrExists = errors.New("a repository exists already")
 	// ErrWrongKey means that the repository is encrypted and that no passphrase or
 	// identity given opens it.
-	ErrWrongKey = errors.New("the repository is encrypted and the key given does not open it")
+	ErrWrongKey = errors.New("the repository is encrypted and needs the right key")
 	// ErrNoSpace means that the file system is so full that what is left is kept
 	// for deleting points and collecting garbage.
 	ErrNoSpace = errors.New("no space left for new data")
@@ -87,7 +87,7 @@ var (
 // LockedError means that another process has the repository open.
 type LockedError struct {
 	Dir    string // the repository's folder
-	Holder string // what the other process wrote of itself: its number and command
+	Holder string // what the other process wrote of itself: its number and name
 }
 
 func (e *LockedError) Error() string {

@@ -23,7 +23,7 @@ func RebuildIndex(ctx context.Context, dir string, o Options, progress func(done
 	if err != nil {
 		return RebuildStats{}, err
 	}
-	if _, err := readConfig(o.fs, dir); err != nil {
+	if _, err := wholeConfigs(o.fs, dir, readConfigs(o.fs, dir)); err != nil {
 		return RebuildStats{}, err
 	}
 	unlock, err := lock(dir, o.Watch)

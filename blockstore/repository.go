@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -23,6 +22,7 @@ import (
 // Names in a repository's folder.
 const (
 	configFile  = "repository.json"
+	configCopy  = "repository.json.copy"
 	lockFile    = "lock"
 	segmentsDir = "segments"
 	pointsDir   = "points"
@@ -104,6 +104,11 @@ type Repository struct {
 	buffers  sync.Pool // of *[]byte, for records
 	unlock   func()
 
+	configMu     sync.Mutex // guards the fields below; taken by itself
+	config       config
+	openedBy     string // id of the key that opened the repository
+	configFailed error  // of a change that may have been made
+
 	maintenance sync.Mutex // held by a collection
 	reindexing  sync.Mutex
 	reindexed   bool // guarded by reindexing: the segments were all entered again
@@ -133,8 +138,8 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 		return nil, err
 	}
 	fsys := o.fs
-	data, err := readConfig(fsys, dir)
-	if err != nil {
+	// No lock file where there is no repository; what counts is read under the lock.
+	if _, err := wholeConfigs(fsys, dir, readConfigs(fsys, dir)); err != nil {
 		return nil, err
 	}
 	unlock, err := lock(dir, o.Watch)
@@ -151,8 +156,11 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 			err = errors.Join(err, r.release())
 		}
 	}()
-	if err := r.configure(data, o); err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, configFile), err)
+	if err := r.loadConfig(o); err != nil {
+		return nil, err
+	}
+	if err := r.configure(); err != nil {
+		return nil, err
 	}
 	nodes := min(o.CacheSize/4, maxNodeCache)
 	r.nodes = newCache(nodes)
@@ -203,6 +211,30 @@ func (r *Repository) release() error {
 	}
 	r.unlock()
 	return err
+}
+
+// configure makes what rests on the configuration.
+func (r *Repository) configure() error {
+	r.chunkSize = r.config.ChunkSize
+	var idKey []byte
+	nodeKey := (&keys{}).derive(contextNodes, nil) // a node's id must never be a chunk's, whatever a guest writes
+	if r.keys != nil {
+		idKey, nodeKey = r.keys.derive(contextIDs, nil), r.keys.derive(contextNodes, nil)
+	}
+	var err error
+	if r.chunkIDs, err = newHasher(idKey); err != nil {
+		return err
+	}
+	if r.nodeIDs, err = newHasher(nodeKey); err != nil {
+		return err
+	}
+	if r.coder, err = newCoder(); err != nil {
+		return err
+	}
+	id := r.config.id()
+	r.sealer = sealer{r.keys, id}
+	r.segments = newSegmentSet(r.fs, filepath.Join(r.dir, segmentsDir), r.keys, id)
+	return r.checkSegments()
 }
 
 // ChunkSize returns the repository's chunk size in bytes.
@@ -491,11 +523,8 @@ func attrSegment(s *segment) slog.Attr {
 	return slog.String("segment", segmentName(s.number, s.generation, ""))
 }
 
-// holder is what a process writes of itself into the lock file.
+// holder is what a process writes of itself into the lock file: no arguments, which name
+// VMs and files.
 func holder() []byte {
-	command := strings.Join(os.Args, " ")
-	if len(command) > 200 {
-		command = command[:200] + "…"
-	}
-	return bytes.ToValidUTF8(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), command), nil)
+	return bytes.ToValidUTF8(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), filepath.Base(os.Args[0])), nil)
 }

@@ -107,18 +107,6 @@ func TestOpenErrors(t *testing.T) {
 		t.Errorf("second opening: got %v, want a LockedError that names the process", err)
 	}
 	closeOnce(t, r)
-	config := filepath.Join(dir, configFile)
-	data, err := os.ReadFile(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	changed := bytes.Replace(data, []byte("16384"), []byte("32768"), 1)
-	if err := os.WriteFile(config, changed, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(dir, Options{Passphrase: "right"}); err == nil || !strings.Contains(err.Error(), "without the key") {
-		t.Errorf("a changed chunk size in an encrypted repository: got %v", err)
-	}
 }
 
 // Sessions that run at the same time store a chunk once.

@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -273,35 +272,6 @@ func TestUnsettledPoint(t *testing.T) {
 		t.Errorf("got points %v, want one", got)
 	}
 	checkSound(t, r)
-}
-
-// Taking the keys out of repository.json does not make the repository a plain one for who
-// gives a passphrase; one rotten key does not keep another from opening it.
-func TestKeysOfConfig(t *testing.T) {
-	t.Parallel()
-	dir := create(t, CreateOptions{Passphrase: "secret"})
-	path := filepath.Join(dir, configFile)
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	stripped := regexp.MustCompile(`(?s),\s*"keys".*`).ReplaceAll(whole, []byte("}"))
-	if err := os.WriteFile(path, stripped, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(dir, Options{Passphrase: "secret"}); err == nil || !strings.Contains(err.Error(), "nothing is encrypted") {
-		t.Errorf("got %v, want a refusal", err)
-	}
-	k := fixedKeys()
-	wrapped, err := k.wrap(CreateOptions{Passphrase: "secret", workFactor: 8})
-	if err != nil {
-		t.Fatal(err)
-	}
-	rotten := wrappedKey{Kind: "passphrase", Age: []byte(string(wrapped[0].Age))}
-	rotten.Age[len(rotten.Age)-1] ^= 1
-	if got, err := unwrap([]wrappedKey{rotten, wrapped[0]}, Options{Passphrase: "secret"}); err != nil || *got != *k {
-		t.Errorf("a rotten key before a good one: got %v", err)
-	}
 }
 
 // Verifications may run at the same time.

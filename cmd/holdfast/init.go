@@ -14,7 +14,8 @@ func (p *program) initCommand() *cobra.Command {
 		Long: `Make a repository in the data folder, which must not hold one already.
 
 With --passphrase-file or --recipient everything in it is encrypted; any of those
-keys opens it later. Nobody can open it without one: keep them elsewhere too.
+keys opens it later; holdfast key adds more, and removes them. Nobody can open it
+without one: keep them elsewhere too.
 Smaller chunks find more that is the same; larger ones need less memory and
 are faster to restore. The chunk size cannot be changed later.`,
 		Example: `  holdfast init

@@ -52,7 +52,7 @@ func (p *program) rootCommand() *cobra.Command {
 	flags.StringVar(&p.identityFile, "identity-file", os.Getenv("HOLDFAST_IDENTITY_FILE"),
 		"`file` with age identities that open an encrypted repository (or HOLDFAST_IDENTITY_FILE)")
 	root.AddCommand(p.initCommand(), p.backupCommand(), p.pointCommand(), p.exportCommand(), p.mountCommand(),
-		p.unmountCommand(), p.restoreCommand(), p.repoCommand(), p.versionCommand())
+		p.unmountCommand(), p.restoreCommand(), p.repoCommand(), p.keyCommand(), p.versionCommand())
 	root.SetHelpCommand(helpCommand())
 	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), // nouns run only to complain
 		"{{if .Runnable}}", "{{if and .Runnable (not .HasAvailableSubCommands)}}", 1))

@@ -277,6 +277,9 @@ func ReadFile(fsys FS, name string, limit int64) ([]byte, error) {
 	return data, nil
 }
 
+// IsTemporary reports whether a file has the name of one that WriteFile is writing.
+func IsTemporary(name string) bool { return filepath.Ext(name) == temporarySuffix }
+
 // RemoveTemporary removes the files that interrupted calls of WriteFile left
 // in a folder.
 func RemoveTemporary(fsys FS, folder string) error {
@@ -285,7 +288,7 @@ func RemoveTemporary(fsys FS, folder string) error {
 		return err
 	}
 	for _, e := range entries {
-		if filepath.Ext(e.Name()) == temporarySuffix {
+		if IsTemporary(e.Name()) {
 			if err := fsys.Remove(filepath.Join(folder, e.Name())); err != nil {
 				return err
 			}
