@@ -86,6 +86,7 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 	if err := r.appender.finish(); err != nil {
 		return CollectResult{}, err
 	}
+	r.reindexAgain()
 	c := &collection{r: r, o: o, live: marks{}, walked: walkedNodes{}}
 	candidates := r.segments.sealedSegments()
 	roots := c.begin(candidates)

@@ -139,9 +139,7 @@ func (r *Repository) revive(dropped *segment) error {
 	}
 	if err != nil {
 		// A chunk that is missed meanwhile is looked for in all segments, once more.
-		r.reindexing.Lock()
-		r.reindexed = false
-		r.reindexing.Unlock()
+		r.reindexAgain()
 		return err
 	}
 	return r.index.write(func(w indexWrite) error { return w.putSummary(seg.number, seg.summary) })

@@ -27,11 +27,11 @@ func (r *Repository) loadSegments(ctx context.Context, progress func(done, total
 	}
 	// Ascending: where two segments hold the same chunk, the later one counts.
 	for i, f := range files {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
 		if progress != nil {
 			progress(i, len(files))
+		}
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		number, generation, ok := parseSegmentName(f.Name())
 		if !ok {
@@ -347,7 +347,15 @@ func recordsEnd(entries []tocEntry) int64 {
 	return int64(last.Off) + last.size()
 }
 
-// reindexOnce enters all segments again, once while the repository is open.
+// reindexAgain lets the next chunk that the index lacks have all segments entered again. BadgerDB
+// passes in silence over what rot keeps it from compacting.
+func (r *Repository) reindexAgain() {
+	r.reindexing.Lock()
+	defer r.reindexing.Unlock()
+	r.reindexed = false
+}
+
+// reindexOnce enters all segments again, once until reindexAgain.
 func (r *Repository) reindexOnce() error {
 	r.reindexing.Lock()
 	defer r.reindexing.Unlock()

@@ -111,7 +111,7 @@ type Repository struct {
 
 	maintenance sync.Mutex // held by a collection
 	reindexing  sync.Mutex
-	reindexed   bool // guarded by reindexing: the segments were all entered again
+	reindexed   bool // guarded by reindexing: see reindexOnce
 
 	clock  *steady.Clock
 	sealer sealer

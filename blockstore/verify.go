@@ -111,6 +111,7 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 			d.unpin()
 		}
 	}()
+	r.reindexAgain()
 	indexErr := r.index.verify(ctx)
 	if errors.Is(indexErr, ErrIndexDamaged) {
 		v.add(VerifyError{File: indexDir, Reason: indexErr.Error() + ", or by repo rebuild-index"})
