@@ -130,10 +130,9 @@ func appendRecord(b []byte, aead cipher.AEAD, h recordHeader, payload []byte, of
 // start makes the next segment's file, with its header in the buffer.
 func (a *appender) start() (*writing, error) {
 	set := a.r.segments
-	h := segmentHeader{Number: set.takeNumber(), Repository: set.repoID, Encrypted: set.keys != nil}
 	var random [8]byte
 	_, _ = rand.Read(random[:]) // crypto/rand never fails
-	h.Generation = binary.LittleEndian.Uint64(random[:])
+	h := set.header(set.takeNumber(), binary.LittleEndian.Uint64(random[:]))
 	seg := &segment{
 		number: h.Number, generation: h.Generation,
 		path: filepath.Join(set.dir, segmentName(h.Number, h.Generation, segmentSuffix)),

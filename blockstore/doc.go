@@ -155,7 +155,10 @@
 //
 // A segment of which the index has no summary is entered from its table of contents.
 // One that has none, because its writer was stopped or its end is damaged, is cut behind
-// its last whole record, sealed, and never appended to (a nonce would come twice). An index entry counts only if its segment is live,
+// its last whole record, sealed, and never appended to (a nonce would come twice). It is
+// read from the disk and not from memory, which may show what a failed sync has
+// lost. Names that were found are made durable: what is listed once stays, what is
+// gone stays gone. An index entry counts only if its segment is live,
 // has the same generation, and has as many records. So an index that is behind,
 // ahead, older or gone is no danger: what does not count is stored anew, and a chunk
 // that a point needs and the index lacks is looked for in the segments.

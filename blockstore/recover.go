@@ -76,6 +76,11 @@ func (r *Repository) loadSegment(seg *segment) error {
 		return err
 	}
 	defer f.Close()
+	// After a sync that failed, and a cut that failed too, bytes can be read that the disk
+	// does not have, and that no later sync writes.
+	if err := errors.Join(f.Sync(), f.DropCache()); err != nil {
+		return err
+	}
 	size, err := f.Size()
 	if err != nil {
 		return err
@@ -125,9 +130,6 @@ func (r *Repository) recoverSegment(seg *segment, f durable.File, size int64) er
 	if reads.err != nil {
 		// What cannot be read may be durable records, and a later attempt may read them.
 		r.log.Error("a part of a segment cannot be read; it is left as it is", attrSegment(seg), attrErr(reads.err))
-		if err := f.Sync(); err != nil { // the records may be in memory only
-			return err
-		}
 		return r.enterUnlisted(seg, entries, size)
 	}
 	if len(entries) == 0 && size <= segmentHeaderSize+writeSize+maxPayload {
@@ -140,10 +142,12 @@ func (r *Repository) recoverSegment(seg *segment, f durable.File, size int64) er
 		return nil
 	}
 	if headerErr != nil {
-		r.log.Error("the header of a segment is damaged; its records are read without it", attrSegment(seg), attrErr(headerErr))
+		r.log.Error("the header of a segment was damaged, and is written again from its name", attrSegment(seg), attrErr(headerErr))
+		if _, err := f.WriteAt(r.segments.header(seg.number, seg.generation).encode(), 0); err != nil {
+			return noSpace(err)
+		}
 	}
 	end := recordsEnd(entries)
-	// The records may be in memory only: see appender.seal.
 	if err := errors.Join(f.Truncate(end), f.Sync()); err != nil {
 		return err
 	}

@@ -187,7 +187,22 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 		return nil, err
 	}
 	r.damagedCount.Store(int64(len(r.damaged)))
-	return r, r.loadSegments(ctx, progress)
+	if err := r.loadSegments(ctx, progress); err != nil {
+		return nil, err
+	}
+	return r, r.syncNames()
+}
+
+// syncNames makes the names that were found durable. A process that was killed may have
+// made or removed some without: what is listed, or found stored, must not go any more, and
+// what is gone must not come back once a collection has taken its chunks.
+func (r *Repository) syncNames() error {
+	for _, name := range []string{r.dir, filepath.Join(r.dir, pointsDir), r.segments.dir} {
+		if err := r.fs.SyncDir(name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close makes durable what was stored and closes the repository. No call may be

@@ -195,6 +195,11 @@ func (seg *segment) open(s *segmentSet) error {
 	return nil
 }
 
+// header returns the header of a segment.
+func (s *segmentSet) header(number, generation uint64) segmentHeader {
+	return segmentHeader{Number: number, Generation: generation, Repository: s.repoID, Encrypted: s.keys != nil}
+}
+
 // cipherOf returns the cipher for a segment's payloads, nil if they are plain.
 func (s *segmentSet) cipherOf(number, generation uint64) (cipher.AEAD, error) {
 	if s.keys == nil {
@@ -307,6 +312,20 @@ func (s *segmentSet) sealedSegments() []*segment {
 		}
 	}
 	sortByNumber(out)
+	return out
+}
+
+// unsealed returns the numbers of the segments that are not sealed: those that are being
+// written, and those that failed, until the next opening.
+func (s *segmentSet) unsealed() []uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []uint64
+	for number, seg := range s.byNumber {
+		if !seg.sealed {
+			out = append(out, number)
+		}
+	}
 	return out
 }
 

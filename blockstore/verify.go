@@ -266,6 +266,9 @@ func (v *verification) round(ctx context.Context, disks []*Disk) error {
 	if err := v.envelopes(ctx, segments); err != nil {
 		return err
 	}
+	for _, number := range v.r.segments.unsealed() {
+		v.alone[number] = true // its writing has failed, or has just begun
+	}
 	for _, d := range disks {
 		if err := v.mark(ctx, v.r.tree(d.m)); err != nil {
 			return err

@@ -102,7 +102,7 @@ func (v *verification) envelope(ctx context.Context, seg *segment) (header, cont
 // checkHeader compares the header of a segment, which is open, with its name.
 func (r *Repository) checkHeader(seg *segment) error {
 	h, err := readSegmentHeader(seg.file)
-	want := segmentHeader{Number: seg.number, Generation: seg.generation, Repository: r.segments.repoID, Encrypted: r.keys != nil}
+	want := r.segments.header(seg.number, seg.generation)
 	if err == nil && h != want {
 		err = errors.New("the header is that of another segment")
 	}
@@ -120,7 +120,7 @@ func (v *verification) read(ctx context.Context) error {
 	}
 	v.r.segments.mu.Unlock()
 	for number := range v.needed {
-		v.again = v.again || !live[number] && v.o.Percent == 100 // collected since mark was there
+		v.again = v.again || !live[number] && !v.alone[number] && v.o.Percent == 100 // collected since mark was there
 	}
 	var total int64
 	segments = slices.DeleteFunc(segments, func(s *segment) bool {
