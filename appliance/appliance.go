@@ -31,6 +31,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"filippo.io/age"
 
@@ -144,6 +145,8 @@ type InitOptions struct {
 	// repository if either is given. Any one of them opens it.
 	PassphraseFile string
 	Recipients     []string
+	// DeleteQuarantine is how long deleted points can be brought back, at least, up to 10 years.
+	DeleteQuarantine time.Duration
 }
 
 // InitResult describes a new repository.
@@ -166,7 +169,10 @@ func Init(dir string, o InitOptions) (InitResult, error) {
 		return InitResult{}, invalid("chunk size %d: want a power of two from %d to %d bytes",
 			o.ChunkSize, blockstore.MinChunkSize, blockstore.MaxChunkSize)
 	}
-	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients}
+	if err := checkQuarantine(o.DeleteQuarantine); err != nil {
+		return InitResult{}, err
+	}
+	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients, DeleteQuarantine: o.DeleteQuarantine}
 	for _, r := range o.Recipients {
 		if err := (blockstore.NewKey{Recipient: r}).Check(); err != nil {
 			return InitResult{}, &kindError{err.Error(), errInvalid}

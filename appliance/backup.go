@@ -53,6 +53,8 @@ type ImageBackup struct {
 	AllowOutside bool
 	// ConfigFiles are saved with the point under their base names.
 	ConfigFiles []string
+	// Lock, if not 0, is how long the point will be locked: see LockPoint.
+	Lock time.Duration
 }
 
 // DiskBackup tells what the backup of one disk took.
@@ -66,6 +68,7 @@ type BackupResult struct {
 	Mode        string       `json:"mode"`
 	Consistency string       `json:"consistency"`
 	Disks       []DiskBackup `json:"disks"`
+	LockedUntil time.Time    `json:"locked_until,omitzero"`
 }
 
 // BackupImages backs image files up as the disks of one restore point. progress
@@ -75,7 +78,7 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	if err != nil {
 		return BackupResult{}, err
 	}
-	request := ingest.Request{VM: b.VM, Time: time.Now().UTC(), Consistency: crashConsistent}
+	request := ingest.Request{VM: b.VM, Time: time.Now().UTC(), Consistency: crashConsistent, Lock: b.Lock}
 	if request.Config, err = readConfig(b.ConfigFiles); err != nil {
 		return BackupResult{}, fmt.Errorf("back up %s: %w", b.VM, err)
 	}
@@ -115,6 +118,7 @@ func (a *Appliance) ingest(ctx context.Context, request ingest.Request, progress
 	p := result.Point
 	return BackupResult{
 		Point: string(p.ID), VM: p.VM, Time: p.Time, Mode: p.Mode, Consistency: p.Consistency, Disks: result.Disks,
+		LockedUntil: p.LockedUntil,
 	}, nil
 }
 
@@ -187,6 +191,11 @@ func (a *Appliance) keepName(ctx context.Context, vm string, disks []ingest.Sour
 func (b ImageBackup) check() ([]string, error) {
 	if err := checkVM(b.VM); err != nil {
 		return nil, err
+	}
+	if b.Lock != 0 {
+		if err := checkLock(b.Lock); err != nil {
+			return nil, err
+		}
 	}
 	switch {
 	case len(b.Files) == 0:

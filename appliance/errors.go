@@ -47,6 +47,8 @@ var kinds = []struct {
 	{blockstore.ErrLastKey, Refused},
 	{blockstore.ErrKeyExists, Refused},
 	{blockstore.ErrCollecting, Refused},
+	{blockstore.ErrLocked, Refused},
+	{blockstore.ErrCatalogLost, Refused},
 	{nbdserver.ErrExists, Refused},
 	{nbdclient.ErrNoExport, NotFound},
 	{fusefs.ErrBusy, Refused},

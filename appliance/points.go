@@ -24,6 +24,9 @@ type Point struct {
 	Consistency string    `json:"consistency"` // what the guest's data can be trusted for, such as "crash"
 	Disks       []Disk    `json:"disks"`
 	Config      []string  `json:"config"` // names of the saved configuration files
+	// LockedUntil is when the point's lock ends by this machine's clock, if the machine stays on; zero
+	// if it is not locked.
+	LockedUntil time.Time `json:"locked_until,omitzero"`
 }
 
 // Disk is one disk of a restore point.
@@ -36,7 +39,7 @@ type Disk struct {
 func newPoint(p blockstore.Point) Point {
 	point := Point{
 		ID: string(p.ID), VM: p.VM, Time: p.Time.UTC(), Mode: p.Mode, Consistency: p.Consistency,
-		Disks: []Disk{}, Config: slices.AppendSeq([]string{}, maps.Keys(p.Config)),
+		Disks: []Disk{}, Config: slices.AppendSeq([]string{}, maps.Keys(p.Config)), LockedUntil: p.LockedUntil,
 	}
 	slices.Sort(point.Config)
 	for _, d := range p.Disks {
@@ -70,7 +73,7 @@ func (a *Appliance) ResolvePoint(ref string) (Point, error) {
 
 func (a *Appliance) resolve(ref string) (blockstore.Point, error) {
 	if i := strings.LastIndexByte(ref, '@'); i >= 0 {
-		return a.pointAt(ref[:i], ref[i+1:])
+		return pointAt(a.repo.Points(), ref[:i], ref[i+1:])
 	}
 	id, err := a.pointID(ref)
 	if err != nil {
@@ -84,15 +87,15 @@ func (a *Appliance) resolve(ref string) (blockstore.Point, error) {
 	return a.repo.Point(id)
 }
 
-// pointAt returns a VM's newest point at or before a time.
-func (a *Appliance) pointAt(vm, at string) (blockstore.Point, error) {
+// pointAt returns a VM's newest point, of points in the order of time, at or before a time.
+func pointAt(points []blockstore.Point, vm, at string) (blockstore.Point, error) {
 	latest := at == "latest"
 	limit, err := time.Parse(time.RFC3339, at)
 	if err != nil && !latest {
 		return blockstore.Point{}, invalid("point %s@%s: want VM@latest or VM@TIME with a time such as 2026-01-31T18:00:00Z", vm, at)
 	}
 	known := false
-	for _, p := range slices.Backward(a.repo.Points()) {
+	for _, p := range slices.Backward(points) {
 		if p.VM != vm {
 			continue
 		}
@@ -109,21 +112,27 @@ func (a *Appliance) pointAt(vm, at string) (blockstore.Point, error) {
 
 // pointID returns the id of the point, damaged or not, that a prefix names.
 func (a *Appliance) pointID(prefix string) (blockstore.PointID, error) {
+	var ids []blockstore.PointID
+	for _, p := range a.repo.Points() {
+		ids = append(ids, p.ID)
+	}
+	for _, d := range a.repo.DamagedPoints() {
+		ids = append(ids, d.ID)
+	}
+	return findID(ids, prefix)
+}
+
+// findID returns the only one of ids that begins with a prefix.
+func findID(ids []blockstore.PointID, prefix string) (blockstore.PointID, error) {
 	digits := strings.ToLower(prefix)
 	if len(digits) < minPrefix || strings.Trim(digits, "0123456789abcdef") != "" {
 		return "", invalid("point %q: want %d or more digits of a point's id, VM@latest or VM@TIME; see point list", prefix, minPrefix)
 	}
 	var found []blockstore.PointID
-	add := func(id blockstore.PointID) {
+	for _, id := range ids {
 		if strings.HasPrefix(string(id), digits) {
 			found = append(found, id)
 		}
-	}
-	for _, p := range a.repo.Points() {
-		add(p.ID)
-	}
-	for _, d := range a.repo.DamagedPoints() {
-		add(d.ID)
 	}
 	switch len(found) {
 	case 0:
@@ -155,7 +164,7 @@ func (a *Appliance) resolveDisk(ref, disk string) (blockstore.Point, blockstore.
 
 // DeletePoints deletes the points that refs name, all of which must exist, and
 // returns their ids. After an error it returns those that are deleted already.
-// The space comes back with Collect.
+// UndeletePoints brings them back until Collect purges them, which gives the space back.
 func (a *Appliance) DeletePoints(ctx context.Context, refs []string) ([]string, error) {
 	var ids []blockstore.PointID
 	for _, ref := range refs {

@@ -13,6 +13,8 @@ type (
 	Stats = blockstore.Stats
 	// VerifyResult tells what was read back and what is wrong.
 	VerifyResult = blockstore.VerifyResult
+	// VerifyError is one place that is damaged.
+	VerifyError = blockstore.VerifyError
 	// CollectResult tells what a collection found and did.
 	CollectResult = blockstore.CollectResult
 	// RebuildResult tells what was entered in a new index.
@@ -39,12 +41,21 @@ type VerifyOptions struct {
 	Resume bool
 	// Rate bounds the bytes that are read in a second; 0 is no bound.
 	Rate int64
+	// Since, if set, is the Head of Stats that was noted before: that the repository was put back to an
+	// earlier state is damage, too.
+	Since string
 }
 
 // Verify reads stored bytes back and compares them with their hashes. What is damaged is in the
 // result and no error. progress may be nil.
 func (a *Appliance) Verify(ctx context.Context, o VerifyOptions, progress func(Progress)) (VerifyResult, error) {
 	options := blockstore.VerifyOptions{Percent: o.Percent, Resume: o.Resume, Rate: o.Rate}
+	var rolledBack error
+	if o.Since != "" {
+		if rolledBack = a.descends(o.Since); KindOf(rolledBack) == Invalid {
+			return VerifyResult{}, rolledBack
+		}
+	}
 	switch {
 	case o.Percent != 0 && !(o.Percent > 0 && o.Percent <= 100): // NaN neither
 		return VerifyResult{}, invalid("%v percent: want more than 0, up to 100", o.Percent)
@@ -69,6 +80,9 @@ func (a *Appliance) Verify(ctx context.Context, o VerifyOptions, progress func(P
 	result, err := a.repo.Verify(ctx, options)
 	if err != nil {
 		return result, fmt.Errorf("verify %s: %w", a.dir, err)
+	}
+	if rolledBack != nil {
+		result.Errors = append(result.Errors, VerifyError{Reason: rolledBack.Error()})
 	}
 	return result, nil
 }

@@ -14,10 +14,10 @@ import (
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
-// Bounds of durations.
+// Bounds of the times for which points are locked, and kept when they are deleted.
 const (
-	maxLock       = 100 * 365 * 24 * time.Hour
-	maxQuarantine = 10 * 365 * 24 * time.Hour
+	MaxLock       = 100 * 365 * 24 * time.Hour
+	MaxQuarantine = 10 * 365 * 24 * time.Hour
 )
 
 // Errors for states of points that callers tell apart.
@@ -277,14 +277,9 @@ func (r *Repository) LockPoint(id PointID, length time.Duration) (time.Time, err
 	return r.clock.Wall(until), err
 }
 
-// LockPointUntil is LockPoint until a time of this machine's clock.
-func (r *Repository) LockPointUntil(id PointID, wall time.Time) (time.Time, error) {
-	return r.LockPoint(id, r.clock.Until(wall))
-}
-
 func checkLock(length time.Duration) error {
-	if length <= 0 || length > maxLock {
-		return fmt.Errorf("lock for %v: want more than 0, up to %d years", length, maxLock/(365*24*time.Hour))
+	if length <= 0 || length > MaxLock {
+		return fmt.Errorf("lock for %v: want more than 0, up to %d years", length, MaxLock/(365*24*time.Hour))
 	}
 	return nil
 }
@@ -323,8 +318,8 @@ func (r *Repository) DeleteQuarantine() time.Duration {
 }
 
 func checkQuarantine(length time.Duration) error {
-	if length < 0 || length > maxQuarantine {
-		return fmt.Errorf("keep deleted points for %v: want 0 up to %d years", length, maxQuarantine/(365*24*time.Hour))
+	if length < 0 || length > MaxQuarantine {
+		return fmt.Errorf("keep deleted points for %v: want 0 up to %d years", length, MaxQuarantine/(365*24*time.Hour))
 	}
 	return nil
 }
@@ -338,6 +333,13 @@ func (r *Repository) purge() error {
 	var due, gone []PointID
 	for _, l := range r.catalog.sorted() {
 		if l.due(now) {
+			immutable, err := r.fs.Immutable(r.pointPath(l.ID))
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+			if immutable {
+				continue // so are its segments
+			}
 			due = append(due, l.ID)
 		}
 		if l.due(now) || l.Purged && !l.gone {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"filippo.io/age"
 	"github.com/dgraph-io/badger/v4"
@@ -496,7 +497,7 @@ func (r *Repository) clearDamaged(ids []ID) error {
 
 // Stats are figures of a repository.
 type Stats struct {
-	Points       int   `json:"points"`
+	Points       int   `json:"points"`        // that are not deleted
 	LogicalBytes int64 `json:"logical_bytes"` // sizes of the disks of all points
 	UniqueBytes  int64 `json:"unique_bytes"`  // plain bytes of the chunks that are stored
 	StoredBytes  int64 `json:"stored_bytes"`  // of all segments' files
@@ -504,6 +505,11 @@ type Stats struct {
 	Segments     int   `json:"segments"`
 	ChunkSize    int   `json:"chunk_size"`
 	Encrypted    bool  `json:"encrypted"`
+
+	DeletedPoints    int   `json:"deleted_points"`            // not purged yet
+	DeleteQuarantine int64 `json:"delete_quarantine_seconds"` // for which deleted points are kept, at least
+	// Head names the state that the points are in, for [Repository.Descends].
+	Head string `json:"head"`
 }
 
 // Stats returns figures of the repository, with what sessions have stored so far.
@@ -515,6 +521,10 @@ func (r *Repository) Stats() Stats {
 			s.LogicalBytes += d.Map.Size
 		}
 	}
+	r.mu.Lock()
+	s.DeletedPoints, s.Head = len(r.deleted), r.catalog.head()
+	s.DeleteQuarantine = int64(r.catalog.Quarantine / time.Second)
+	r.mu.Unlock()
 	segments := r.appender.unsealed()
 	r.segments.mu.Lock()
 	for _, seg := range r.segments.byNumber {

@@ -62,6 +62,7 @@ type Request struct {
 	Consistency string
 	Disks       []Source
 	Config      map[string][]byte // the VM's configuration: file name to content
+	Lock        time.Duration     // for which the point is locked from its commit on; 0 is not
 }
 
 // DiskResult tells what a backup of a disk took, in bytes.
@@ -97,6 +98,9 @@ func Run(ctx context.Context, repo *blockstore.Repository, req Request, progress
 	}
 	s := repo.Begin()
 	defer s.Close()
+	if err := s.LockFor(req.Lock); err != nil {
+		return Result{}, fmt.Errorf("back up %s: %w", req.VM, err)
+	}
 	report := newReporter(req.Disks, progress)
 	point := blockstore.Point{
 		ID: blockstore.NewPointID(), VM: req.VM, Time: req.Time, Mode: string(Full),

@@ -35,6 +35,7 @@ A FILE may also be the URI of an NBD export: nbd://HOST:PORT/NAME, nbds://… wi
 		Example: `  holdfast backup image /var/lib/libvirt/images/web.qcow2 --vm web
   holdfast backup image system.vmdk data.vmdk --vm db --disk sda --disk sdb
   holdfast backup image web.img --vm web --format raw --config web.xml --json
+  holdfast backup image web.img --vm web --lock 30d
   holdfast backup image 'nbd+unix:///vda?socket=/run/backup.sock' --vm web`,
 		Args: arguments("FILE…"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -53,6 +54,7 @@ A FILE may also be the URI of an NBD export: nbd://HOST:PORT/NAME, nbds://… wi
 	flags.StringArrayVar(&b.Disks, "disk", nil, "`name` of the disk; one for each FILE, in their order")
 	flags.StringVar(&b.Format, "format", "auto", "`format` of the files: "+strings.Join(appliance.ReadFormats, ", "))
 	flags.StringArrayVar(&b.ConfigFiles, "config", nil, "`file` to save with the point, such as the VM's XML; may be repeated")
+	flags.Var((*durationFlag)(&b.Lock), "lock", "keep the point from being deleted for this `time`, such as 30d: see point lock")
 	flags.BoolVar(&b.AllowOutside, "allow-outside", false, "let images refer to files (backing files, extents) outside their own folder")
 	required(cmd, "vm")
 	choices(cmd, "format", appliance.ReadFormats)
@@ -66,5 +68,9 @@ func (p *program) printBackup(r appliance.BackupResult) error {
 	for _, d := range r.Disks {
 		t.row(d.Name, size(d.Size), string(d.Mode), size(d.Read), size(d.Changed), size(d.New), size(d.Stored))
 	}
-	return p.print(r, "point %s of %s, %s\n%s", r.Point, r.VM, stamp(r.Time), t)
+	locked := ""
+	if !r.LockedUntil.IsZero() {
+		locked = ", locked until " + stamp(r.LockedUntil)
+	}
+	return p.print(r, "point %s of %s, %s%s\n%s", r.Point, r.VM, stamp(r.Time), locked, t)
 }

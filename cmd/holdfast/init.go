@@ -37,6 +37,7 @@ are faster to restore. The chunk size cannot be changed later.`,
 		},
 	}
 	cmd.Flags().Var((*sizeFlag)(&o.ChunkSize), "chunk-size", "`size` of a chunk, a power of two from 16KiB to 4MiB")
+	cmd.Flags().Var((*durationFlag)(&o.DeleteQuarantine), "delete-quarantine", "keep deleted points for this `time` at least, such as 7d: see repo set")
 	cmd.Flags().StringArrayVar(&o.Recipients, "recipient", nil, "encrypt for this age public `key`; may be repeated")
 	return cmd
 }

@@ -89,7 +89,7 @@ func TestExitStatus(t *testing.T) {
 		says string
 	}{
 		{"bakcup", exitUsage, "did you mean backup"},
-		{"repo", exitUsage, "gc, rebuild-index, stats, verify"},
+		{"repo", exitUsage, "gc, rebuild-index, set, stats, verify"},
 		{"repo frobnicate", exitUsage, "frobnicate"},
 		{"help frobnicate", exitUsage, "frobnicate"},
 		{"help repo frobnicate", exitUsage, "frobnicate"},

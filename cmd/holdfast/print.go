@@ -106,6 +106,47 @@ func (f *sizeFlag) Set(s string) error {
 	return err
 }
 
+// parseDuration reads a time such as 30d, 12h or 1d12h.
+func parseDuration(s string) (time.Duration, error) {
+	const day = 24 * time.Hour
+	wrong := fmt.Errorf("%q is no time; want days and hours, such as 30d or 12h", s)
+	days, rest, ok := strings.Cut(s, "d")
+	if !ok {
+		days, rest = "0", s
+	}
+	n, err := strconv.ParseInt(days, 10, 64)
+	if err != nil || n < 0 || n > math.MaxInt64/int64(day)-1 {
+		return 0, wrong
+	}
+	var more time.Duration
+	if rest != "" || !ok {
+		if more, err = time.ParseDuration(rest); err != nil || more < 0 || ok && more > day {
+			return 0, wrong
+		}
+	}
+	return time.Duration(n)*day + more, nil
+}
+
+// durationFlag is a flag with a time.
+type durationFlag time.Duration
+
+// String returns the time as help shows it: nothing is shown of "0".
+func (f *durationFlag) String() string {
+	if *f == 0 {
+		return "0"
+	}
+	return time.Duration(*f).String()
+}
+
+// Type names the flag's value in help.
+func (f *durationFlag) Type() string { return "time" }
+
+func (f *durationFlag) Set(s string) error {
+	d, err := parseDuration(s)
+	*f = durationFlag(d)
+	return err
+}
+
 // required marks flags of cmd as required.
 func required(cmd *cobra.Command, flags ...string) {
 	for _, name := range flags {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +16,7 @@ func (p *program) repoCommand() *cobra.Command {
 		Example: `  holdfast repo stats
   holdfast repo verify --percent 10
   holdfast repo gc`,
-	}, p.repoStatsCommand(), p.repoVerifyCommand(), p.repoGCCommand(), p.repoRebuildCommand())
+	}, p.repoStatsCommand(), p.repoVerifyCommand(), p.repoGCCommand(), p.repoSetCommand(), p.repoRebuildCommand())
 }
 
 func (p *program) repoStatsCommand() *cobra.Command {
@@ -39,6 +40,9 @@ func (p *program) repoStatsCommand() *cobra.Command {
 				t.row("chunks", fmt.Sprintf("%d of %s", s.Chunks, size(int64(s.ChunkSize))))
 				t.row("segments", fmt.Sprint(s.Segments))
 				t.row("encrypted", encrypted)
+				t.row("deleted points", fmt.Sprint(s.DeletedPoints))
+				t.row("kept when deleted", (time.Duration(s.DeleteQuarantine) * time.Second).String())
+				t.row("head", s.Head)
 				return p.print(s, "%s", t)
 			})
 		},
@@ -59,11 +63,15 @@ what is around the chunks.
 --percent 10 reads a tenth, those segments first that were verified longest ago.
 --point and --vm read only what those points need. --resume goes on with a
 verification of everything that was interrupted, and begins one if there is none.
-Backups, restores and a collection may run meanwhile; --rate leaves them room.`,
+Backups, restores and a collection may run meanwhile; --rate leaves them room.
+
+--since takes the head that repo stats printed before, noted elsewhere: if somebody
+put the repository back to an earlier state, that is damage.`,
 		Example: `  holdfast repo verify
   holdfast repo verify --percent 10 --rate 50MiB --quiet
   holdfast repo verify --vm web --point db@latest
-  holdfast repo verify --resume`,
+  holdfast repo verify --resume
+  holdfast repo verify --since 42:8d7c…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Percent = percent; percent == 0 {
@@ -85,6 +93,7 @@ Backups, restores and a collection may run meanwhile; --rate leaves them room.`,
 	flags.StringArrayVar(&o.Points, "point", nil, "only what this `POINT` needs; may be given more than once")
 	flags.StringVar(&o.VM, "vm", "", "only what the points of this VM (`name`) need")
 	flags.BoolVar(&o.Resume, "resume", false, "go on with a verification of everything that was interrupted")
+	flags.StringVar(&o.Since, "since", "", "the repository must have been in the state of this `head`: see repo stats")
 	flags.Var(&rate, "rate", "bytes to read in a second, at most; 0 is no bound")
 	return cmd
 }
@@ -109,13 +118,40 @@ func (p *program) printVerified(r appliance.VerifyResult) error {
 		p.data, len(r.Errors), r.DamagedChunks)
 }
 
+func (p *program) repoSetCommand() *cobra.Command {
+	var quarantine time.Duration
+	cmd := &cobra.Command{
+		Use:   "set",
+		Short: "Change the repository's settings",
+		Long: `Change the repository's settings. --delete-quarantine is for how long points can be
+brought back after they were deleted, at least; it holds for points that are deleted
+from now on. Their space comes back with the first repo gc after that.`,
+		Example: "  holdfast repo set --delete-quarantine 7d",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+				if err := a.SetDeleteQuarantine(quarantine); err != nil {
+					return err
+				}
+				r := struct {
+					Seconds int64 `json:"delete_quarantine_seconds"`
+				}{int64(quarantine / time.Second)}
+				return p.print(r, "points are kept for %v when they are deleted\n", quarantine)
+			})
+		},
+	}
+	cmd.Flags().Var((*durationFlag)(&quarantine), "delete-quarantine", "keep deleted points for this `time`, such as 7d or 12h; 0 until repo gc")
+	required(cmd, "delete-quarantine")
+	return cmd
+}
+
 func (p *program) repoGCCommand() *cobra.Command {
 	var o appliance.CollectOptions
 	cmd := &cobra.Command{
 		Use:   "gc",
 		Short: "Give back the space of what no point needs",
 		Long: `Give back the space of chunks that no restore point needs any more, such as after
-point delete. It can be interrupted at any moment; the next run goes on.
+point delete. Deleted points whose time has passed are purged. It can be interrupted at any moment; the next run goes on.
 
 With --max-unused segments keep up to that share of dead bytes, which saves copying
 what else is in them.`,

@@ -119,8 +119,3 @@ func (c *Clock) Base() Base {
 func (c *Clock) Wall(t time.Time) time.Time {
 	return c.source.Wall().UTC().Add(t.Sub(c.Now())).Round(time.Second)
 }
-
-// Until returns how long it is until a time of the machine's clock, 0 if that is past.
-func (c *Clock) Until(wall time.Time) time.Duration {
-	return max(0, wall.Sub(c.source.Wall()))
-}

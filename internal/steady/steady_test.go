@@ -95,14 +95,6 @@ func TestWall(t *testing.T) {
 	if got, want := c.Wall(start.Add(time.Minute)), m.wall.Add(time.Minute); !got.Equal(want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	for wall, want := range map[time.Time]time.Duration{
-		m.wall.Add(time.Hour):  time.Hour,
-		m.wall.Add(-time.Hour): 0,
-	} {
-		if got := c.Until(wall); got != want {
-			t.Errorf("until %v: got %v, want %v", wall, got, want)
-		}
-	}
 }
 
 func TestSystem(t *testing.T) {
