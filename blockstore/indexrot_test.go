@@ -30,7 +30,7 @@ const rotVariable = "HOLDFAST_INDEX_ROT"
 // and nothing is left unnoticed that has an effect.
 func TestIndexRot(t *testing.T) {
 	t.Parallel()
-	count := 120
+	count := 40
 	if os.Getenv("HOLDFAST_EXTENDED") != "" {
 		count = 1000
 	}
