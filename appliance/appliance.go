@@ -50,6 +50,9 @@ type Options struct {
 	IdentityFile   string
 	// Log hears of what needs attention but fails nothing. Nil discards it.
 	Log *slog.Logger
+	// Guard is the socket of the holdfast-guard that makes the files of locked points
+	// immutable; NoGuard is none, "" the one in the usual place if it is this data folder's.
+	Guard string
 }
 
 // store returns the options for the blockstore.
@@ -76,6 +79,8 @@ type Appliance struct {
 	log  *slog.Logger
 	// identities opened the data folder, and may fit new recipients.
 	identities []age.Identity
+	// guard is nil if there is none.
+	guard *guardian
 
 	// binding is held while an overlay comes into being over a point, and while a
 	// point is deleted: no overlay is left without its point.
@@ -102,11 +107,15 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	g, err := newGuardian(o.Guard, dir)
+	if err != nil {
+		return nil, err
+	}
 	repo, err := blockstore.Open(dir, keys)
 	if err != nil {
 		return nil, openError(dir, err)
 	}
-	return &Appliance{dir: dir, repo: repo, log: o.Log, identities: keys.Identities, held: map[string]bool{}}, nil
+	return &Appliance{dir: dir, repo: repo, log: o.Log, guard: g, identities: keys.Identities, held: map[string]bool{}}, nil
 }
 
 // dataFolder returns the absolute path of a data folder.

@@ -69,10 +69,12 @@ type BackupResult struct {
 	Consistency string       `json:"consistency"`
 	Disks       []DiskBackup `json:"disks"`
 	LockedUntil time.Time    `json:"locked_until,omitzero"`
+	Immutable   bool         `json:"immutable"` // until then: see LockResult
 }
 
 // BackupImages backs image files up as the disks of one restore point. progress
-// may be nil. If it fails or ctx ends, no point is listed.
+// may be nil. If it fails or ctx ends, no point is listed, unless all that failed is to make the
+// files of a locked point immutable.
 func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress func(Progress)) (_ BackupResult, err error) {
 	names, err := b.check()
 	if err != nil {
@@ -116,10 +118,14 @@ func (a *Appliance) ingest(ctx context.Context, request ingest.Request, progress
 		return BackupResult{}, err
 	}
 	p := result.Point
+	immutable := false
+	if request.Lock > 0 {
+		immutable, err = a.protect(ctx, p.ID, request.Lock)
+	}
 	return BackupResult{
 		Point: string(p.ID), VM: p.VM, Time: p.Time, Mode: p.Mode, Consistency: p.Consistency, Disks: result.Disks,
-		LockedUntil: p.LockedUntil,
-	}, nil
+		LockedUntil: p.LockedUntil, Immutable: immutable,
+	}, err
 }
 
 // open opens the image files and NBD exports. After an error it returns those that are open

@@ -84,12 +84,16 @@ func (a *Appliance) deletedID(ref string) (blockstore.PointID, error) {
 type LockResult struct {
 	Point       string    `json:"point"`
 	LockedUntil time.Time `json:"locked_until"` // by this machine's clock, if the machine stays on
+	// Immutable tells whether until then the files that it needs cannot be removed by those who
+	// write to the data folder either: see Options.Guard.
+	Immutable bool `json:"immutable"`
 }
 
 // LockPoint locks a point for a time from now on, or if that is 0 until a time of this machine's clock. Until
 // then nobody can delete it, and nobody shorten the lock. What the clock is set to meanwhile does not matter; time
-// in which the machine is off may not count, so the lock may last longer.
-func (a *Appliance) LockPoint(ref string, length time.Duration, until time.Time) (LockResult, error) {
+// in which the machine is off may not count, so the lock may last longer. If there is a guard that
+// fails to make its files immutable, that is an error, and the point is locked all the same.
+func (a *Appliance) LockPoint(ctx context.Context, ref string, length time.Duration, until time.Time) (LockResult, error) {
 	p, err := a.resolve(ref)
 	if err != nil {
 		return LockResult{}, err
@@ -104,7 +108,8 @@ func (a *Appliance) LockPoint(ref string, length time.Duration, until time.Time)
 	if err != nil {
 		return LockResult{}, fmt.Errorf("lock: %w", err)
 	}
-	return LockResult{string(p.ID), end}, nil
+	immutable, err := a.protect(ctx, p.ID, length)
+	return LockResult{string(p.ID), end, immutable}, err
 }
 
 func checkLock(length time.Duration) error {

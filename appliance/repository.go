@@ -138,6 +138,9 @@ func (a *Appliance) Collect(ctx context.Context, o CollectOptions, progress func
 			progress(Progress{Subject: "collect: " + string(now.Phase), Done: now.Done, Total: now.Total, Unit: unit})
 		}
 	}
+	if !o.DryRun {
+		a.releaseEnded(ctx)
+	}
 	result, err := a.repo.Collect(ctx, options)
 	if err != nil {
 		return result, fmt.Errorf("collect garbage in %s: %w", a.dir, err)

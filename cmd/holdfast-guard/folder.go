@@ -47,8 +47,8 @@ func (f *folder) close() { _ = unix.Close(f.fd) }
 // plain file of the folder's owner or of root, with no other name. Its path has no
 // symbolic link and crosses into no other file system.
 // Source: openat2(2). O_NONBLOCK: no FIFO and no lease makes us wait.
-func (f *folder) open(name string) (fd int, err error) {
-	fd, err = unix.Openat2(f.fd, name, &unix.OpenHow{
+func (f *folder) open(name string) (*os.File, error) {
+	fd, err := unix.Openat2(f.fd, name, &unix.OpenHow{
 		Flags:   unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOFOLLOW | unix.O_NOCTTY | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
 	})
@@ -56,39 +56,41 @@ func (f *folder) open(name string) (fd int, err error) {
 		err = fmt.Errorf("%w: %w", errNotOurs, err)
 	}
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
+	file := os.NewFile(uintptr(fd), name)
 	var st unix.Stat_t
 	err = unix.Fstat(fd, &st)
 	if err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || st.Uid != f.owner && st.Uid != 0) {
 		err = fmt.Errorf("%w: mode %#o, %d links, user %d", errNotOurs, st.Mode, st.Nlink, st.Uid)
 	}
 	if err != nil {
-		_ = unix.Close(fd) // it was only looked at
-		return -1, err
+		file.Close()
+		return nil, err
 	}
-	return fd, nil
+	return file, nil
 }
 
 // immutable reports whether a file carries the attribute.
 func (f *folder) immutable(name string) (bool, error) {
-	fd, err := f.open(name)
+	file, err := f.open(name)
 	if err != nil {
 		return false, err
 	}
-	defer unix.Close(fd)
-	flags, err := getFlags(fd)
+	defer file.Close()
+	flags, err := getFlags(int(file.Fd()))
 	return flags&immutableFlag != 0, err
 }
 
 // set makes a file carry the attribute, or not. That it does not is durable on return. On
 // errInUse it carries it all the same.
 func (f *folder) set(name string, immutable bool) error {
-	fd, err := f.open(name)
+	file, err := f.open(name)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer file.Close()
+	fd := int(file.Fd())
 	flags, err := getFlags(fd)
 	if err != nil {
 		return err

@@ -58,7 +58,7 @@ func TestStateOutlivesPowerLoss(t *testing.T) {
 	} {
 		for n, hit := 1, true; hit; n++ {
 			hit = false
-			for loss := faultfs.Loss(0); loss < 6; loss++ {
+			for loss := range faultfs.Loss(6) {
 				for _, effect := range []faultfs.Effect{faultfs.Nothing, faultfs.Half, faultfs.Whole} {
 					hit = loseAt(t, requests, faultfs.Fault{N: n, Effect: effect}, loss) || hit
 				}

@@ -216,16 +216,17 @@ func TestCapabilities(t *testing.T) {
 	if set == nil {
 		t.Fatal("the unit has no CapabilityBoundingSet")
 	}
-	bounding := "-all"
-	for _, name := range strings.Fields(strings.ToLower(string(set[1]))) {
-		bounding += ",+" + strings.TrimPrefix(name, "cap_")
+	var bounding strings.Builder
+	bounding.WriteString("-all")
+	for name := range strings.FieldsSeq(strings.ToLower(string(set[1]))) {
+		bounding.WriteString(",+" + strings.TrimPrefix(name, "cap_"))
 	}
 	data := mounted(t, "xfs")
 	repository(t, data)
 	command(t, "chown", "-R", "1:1", data)
 	ok(t, os.Chmod(data, 0o700))
 	state, socket := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "socket")
-	cmd := exec.CommandContext(t.Context(), "setpriv", "--bounding-set", bounding, "--",
+	cmd := exec.CommandContext(t.Context(), "setpriv", "--bounding-set", bounding.String(), "--",
 		os.Args[0], "serve", "--data", data, "--state", state, "--socket", socket)
 	cmd.Env = append(os.Environ(), mainVariable+"=1")
 	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()

@@ -185,18 +185,25 @@ be made to last longer.
 
 The time is counted by the kernel while the machine runs, and not by the machine's clock, so
 setting that changes nothing. Time in which the machine is off may not count:
-a lock can last longer than was said, and never less long.`,
+a lock can last longer than was said, and never less long.
+
+Where holdfast-guard runs, the files that the point needs are immutable until then, too: nobody
+can remove them from the data folder.`,
 		Example: `  holdfast point lock web@latest --for 30d
   holdfast point lock 1f00aa27 --until 2027-01-31T00:00:00Z`,
 		Args:              arguments("POINT"),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
-				r, err := a.LockPoint(args[0], length, until)
+				r, err := a.LockPoint(cmd.Context(), args[0], length, until)
 				if err != nil {
 					return err
 				}
-				return p.print(r, "point %s is locked until %s\n", r.Point, stamp(r.LockedUntil))
+				immutable := ""
+				if r.Immutable {
+					immutable = ", its files are immutable"
+				}
+				return p.print(r, "point %s is locked until %s%s\n", r.Point, stamp(r.LockedUntil), immutable)
 			})
 		},
 	}

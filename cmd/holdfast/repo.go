@@ -169,7 +169,11 @@ what else is in them.`,
 				if o.DryRun {
 					verb = "would free"
 				}
-				return p.print(r, "%d records are needed, %d are not: %s %s\n", r.LiveChunks, r.DeadChunks, verb, size(r.FreedBytes))
+				stays := ""
+				if r.ImmutableBytes > 0 {
+					stays = ", " + size(r.ImmutableBytes) + " stay in files of locked points"
+				}
+				return p.print(r, "%d records are needed, %d are not: %s %s%s\n", r.LiveChunks, r.DeadChunks, verb, size(r.FreedBytes), stays)
 			})
 		},
 	}

@@ -51,6 +51,8 @@ func (p *program) rootCommand() *cobra.Command {
 		"`file` with the passphrase of an encrypted repository (or HOLDFAST_PASSPHRASE_FILE)")
 	flags.StringVar(&p.identityFile, "identity-file", os.Getenv("HOLDFAST_IDENTITY_FILE"),
 		"`file` with age identities that open an encrypted repository (or HOLDFAST_IDENTITY_FILE)")
+	flags.StringVar(&p.guard, "guard", os.Getenv("HOLDFAST_GUARD"),
+		"`socket` of holdfast-guard, none for no guard (or HOLDFAST_GUARD; default /run/holdfast-guard.sock if it is there)")
 	root.AddCommand(p.initCommand(), p.backupCommand(), p.pointCommand(), p.exportCommand(), p.mountCommand(),
 		p.unmountCommand(), p.restoreCommand(), p.repoCommand(), p.keyCommand(), p.versionCommand())
 	root.SetHelpCommand(helpCommand())

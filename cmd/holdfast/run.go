@@ -50,6 +50,7 @@ type program struct {
 	json, quiet    bool
 	passphraseFile string
 	identityFile   string
+	guard          string
 }
 
 // run runs a command line to its end and returns the exit status.
@@ -102,7 +103,7 @@ func oneLine(s string) string {
 
 // options returns how to open the data folder.
 func (p *program) options() appliance.Options {
-	return appliance.Options{PassphraseFile: p.passphraseFile, IdentityFile: p.identityFile, Log: p.log()}
+	return appliance.Options{PassphraseFile: p.passphraseFile, IdentityFile: p.identityFile, Guard: p.guard, Log: p.log()}
 }
 
 // log returns a logger that writes warnings as plain lines.
