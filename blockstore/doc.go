@@ -18,6 +18,7 @@
 //	segments/*.seg        the only home of chunks
 //	points/*.point        one file a restore point
 //	index/                BadgerDB: id → place. A cache of the segments
+//	quarantine/TIME/…     what a repair replaced, each file under the path that it had
 //
 // Segments and points are the truth; without index/, or with one that it cannot trust, the next
 // opening makes it anew.
@@ -215,6 +216,10 @@
 // else sets and takes off (see PointFiles). A collection passes over such a segment before it copies
 // anything out of it, and one that becomes immutable before it is removed is live again. A segment
 // is closed for writing when it is sealed.
+//
+// A repair holds the lock that a collection holds, and treats a segment that it replaces as one
+// does: condemned first, its good records durable and indexed elsewhere before its file
+// moves to quarantine/. So it may be stopped anywhere, and run beside backups and reads.
 //
 // # Limits
 //

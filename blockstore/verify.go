@@ -92,11 +92,7 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 	if err != nil {
 		return VerifyResult{}, err
 	}
-	v := &verification{
-		r: r, o: o, limit: newLimiter(o.Rate), since: noSince,
-		checked: marks{}, seen: map[*segment]bool{}, strange: map[uint64]bool{}, bad: map[ID]badRecord{},
-		result: VerifyResult{Began: time.Now().UTC().Truncate(time.Second), Errors: []VerifyError{}},
-	}
+	v := newVerification(r, o)
 	if err := v.begin(); err != nil {
 		return v.result, err
 	}
@@ -106,26 +102,46 @@ func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult,
 	}
 	// Pins keep a collection that runs meanwhile from taking what is about to be read.
 	disks := v.open(points)
-	defer func() {
-		for _, d := range disks {
-			d.unpin()
-		}
-	}()
+	defer closeDisks(disks)
 	r.reindexAgain()
-	indexErr := r.index.verify(ctx)
-	if errors.Is(indexErr, ErrIndexDamaged) {
-		v.add(VerifyError{File: indexDir, Reason: indexErr.Error() + ", or by repo rebuild-index"})
-	} else if indexErr != nil {
-		return v.result, indexErr
-	}
-	err = v.run(ctx, disks, points)
-	if indexErr != nil && errors.Is(err, ErrIndexDamaged) {
-		return v.result, nil // it is said, and what the index has lost is verified the next time
-	}
-	if err != nil {
+	complete, err := v.index(ctx, func() error { return v.run(ctx, disks, points) })
+	if err != nil || !complete {
 		return v.result, err
 	}
 	return v.result, v.end()
+}
+
+// index verifies the index before do. If the index is damaged, do may come to no end: what was lost with
+// the index is verified the next time.
+func (v *verification) index(ctx context.Context, do func() error) (complete bool, err error) {
+	damaged := v.r.index.verify(ctx)
+	if damaged != nil && !errors.Is(damaged, ErrIndexDamaged) {
+		return false, damaged
+	}
+	if damaged != nil {
+		v.add(VerifyError{File: indexDir, Reason: damaged.Error() + ", or by repo rebuild-index"})
+	}
+	err = do()
+	if damaged != nil && errors.Is(err, ErrIndexDamaged) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func newVerification(r *Repository, o VerifyOptions) *verification {
+	v := &verification{
+		r: r, o: o, limit: newLimiter(o.Rate), since: noSince,
+		checked: marks{}, seen: map[*segment]bool{}, strange: map[uint64]bool{}, bad: map[ID]badRecord{},
+		result: VerifyResult{Began: time.Now().UTC().Truncate(time.Second), Errors: []VerifyError{}},
+	}
+	v.tell = func(_ ID, e VerifyError) { v.add(e) }
+	return v
+}
+
+func closeDisks(disks []*Disk) {
+	for _, d := range disks {
+		d.unpin()
+	}
 }
 
 // verification is one run of Verify.
@@ -133,7 +149,8 @@ type verification struct {
 	r     *Repository
 	o     VerifyOptions
 	limit *limiter
-	since int64 // segments that were verified at this Unix time or later are passed over
+	tell  func(ID, VerifyError) // hears from report of the places that need a bad chunk
+	since int64                 // segments that were verified at this Unix time or later are passed over
 
 	// The fields of one round; see run.
 	needed marks
@@ -448,7 +465,7 @@ func (v *verification) locate(ctx context.Context, t tree, start int64, p Point,
 	}
 	length := min(v.r.span(t.level), d.Map.Size-start)
 	if bad, ok := v.bad[t.id]; ok {
-		v.add(VerifyError{
+		v.tell(t.id, VerifyError{
 			Point: p.ID, VM: p.VM, Disk: d.Name, Offset: start, Length: length,
 			File: bad.file, Reason: bad.reason,
 		})
@@ -463,7 +480,7 @@ func (v *verification) locate(ctx context.Context, t tree, start int64, p Point,
 	}
 	n, err := v.r.node(t.id)
 	if errors.Is(err, ErrDamaged) {
-		v.add(VerifyError{Point: p.ID, VM: p.VM, Disk: d.Name, Offset: start, Length: length, Reason: err.Error()})
+		v.tell(t.id, VerifyError{Point: p.ID, VM: p.VM, Disk: d.Name, Offset: start, Length: length, Reason: err.Error()})
 		return true, nil
 	}
 	if err != nil {

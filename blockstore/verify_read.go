@@ -15,7 +15,7 @@ import (
 
 // files looks through the files of the repository that are not segments.
 func (v *verification) files(ctx context.Context) error {
-	for _, check := range []func(context.Context) ([]VerifyError, error){v.r.verifyPoints} {
+	for _, check := range []func(context.Context) ([]VerifyError, error){v.r.verifyConfig, v.r.verifyPoints} {
 		found, err := check(ctx)
 		if err != nil {
 			return err
@@ -25,6 +25,18 @@ func (v *verification) files(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// verifyConfig tells of the files of the configuration that are not what they should be.
+func (r *Repository) verifyConfig(context.Context) ([]VerifyError, error) {
+	var out []VerifyError
+	for _, p := range r.checkConfig() {
+		if away(p.Err) {
+			return nil, p.Err
+		}
+		out = append(out, VerifyError{File: p.File, Reason: p.Err.Error()})
+	}
+	return out, nil
 }
 
 // verifyPoints reads the files of the points and of the catalog, and tells of what is wrong with them.
@@ -70,6 +82,9 @@ func (v *verification) envelope(ctx context.Context, seg *segment) (header, cont
 	opened, err := v.r.segments.acquireWhole(seg)
 	if errors.Is(err, errGone) || away(err) {
 		return nil, nil, err
+	}
+	if corrupt, ok := errors.AsType[*CorruptError](err); ok {
+		err = corrupt.Err // of no chunk
 	}
 	if err != nil {
 		return nil, err, nil
@@ -275,21 +290,8 @@ func (v *verification) records(ctx context.Context, seg *segment, entries []tocE
 
 // checkEntry reads one record and compares the content with its id.
 func (r *Repository) checkEntry(seg *segment, e tocEntry, record, plain []byte) error {
-	h, payload, err := seg.record(record, e.ID, e.Off, e.Stored)
-	if err != nil {
-		return err
-	}
-	if h.Type != e.Type || h.Raw != e.Raw || int(h.Raw) > len(plain) {
-		return errors.New("the record is not what the table of contents says")
-	}
-	data, err := r.coder.expand(plain, payload, h.Codec, int(h.Raw))
-	if err != nil {
-		return err
-	}
-	if r.hash(h.Type, data) != e.ID {
-		return errors.New("content does not have this hash")
-	}
-	return nil
+	_, _, err := r.readEntry(seg, e, record, plain)
+	return err
 }
 
 // elsewhere looks whether other segments have what is bad, and makes the index point there. It

@@ -16,7 +16,7 @@ func (p *program) repoCommand() *cobra.Command {
 		Example: `  holdfast repo stats
   holdfast repo verify --percent 10
   holdfast repo gc`,
-	}, p.repoStatsCommand(), p.repoVerifyCommand(), p.repoGCCommand(), p.repoSetCommand(), p.repoRebuildCommand())
+	}, p.repoStatsCommand(), p.repoVerifyCommand(), p.repoRepairCommand(), p.repoQuarantineCommand(), p.repoGCCommand(), p.repoSetCommand(), p.repoRebuildCommand())
 }
 
 func (p *program) repoStatsCommand() *cobra.Command {
