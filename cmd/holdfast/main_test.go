@@ -184,8 +184,8 @@ func TestResults(t *testing.T) {
 		{[]string{"repo", "stats"}, "64 KiB", []string{"points", "logical_bytes", "unique_bytes", "stored_bytes", "chunks", "segments", "chunk_size", "encrypted"}},
 		{[]string{"repo", "verify"}, "all good", []string{"began", "resumed", "checked_chunks", "checked_bytes", "damaged_chunks", "errors"}},
 		{[]string{"repo", "repair"}, "nothing to repair", []string{"actions", "applied", "lost_chunks"}},
-		{[]string{"repo", "gc", "--dry-run"}, "would free", []string{"live_chunks", "dead_chunks", "dead_bytes", "freed_bytes"}},
-		{[]string{"repo", "gc"}, "freed", []string{"live_chunks", "dead_chunks", "dead_bytes", "freed_bytes"}},
+		{[]string{"repo", "gc", "--dry-run"}, "would free", []string{"live_chunks", "dead_chunks", "dead_bytes", "freed_bytes", "immutable_bytes"}},
+		{[]string{"repo", "gc"}, "freed", []string{"live_chunks", "dead_chunks", "dead_bytes", "freed_bytes", "immutable_bytes"}},
 		{[]string{"repo", "rebuild-index"}, "segments", []string{"segments", "records", "chunks"}},
 	} {
 		in := func(what string) []string { // a name of its own for each run
