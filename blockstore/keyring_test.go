@@ -114,6 +114,31 @@ func TestKeys(t *testing.T) {
 	}
 }
 
+// A copy of repository.json that was kept elsewhere opens with a key that was removed since, also
+// the data that were stored later; but not beside a newer one.
+func TestKeptConfig(t *testing.T) {
+	t.Parallel()
+	mine, theirs := newIdentity(t), newIdentity(t)
+	dir := create(t, CreateOptions{Recipients: []string{mine.Recipient().String()}})
+	o := Options{Identities: []age.Identity{mine}}
+	kept, err := os.ReadFile(filepath.Join(dir, configFile))
+	mustDo(t, err)
+	r := open(t, dir, o)
+	if _, err := r.RotateKey(r.Keys()[0].ID, NewKey{Recipient: theirs.Recipient().String()}); err != nil {
+		t.Fatal(err)
+	}
+	p := mustBackup(t, r, "vm", numbers(1, 5))
+	closeOnce(t, r)
+	mustDo(t, os.WriteFile(filepath.Join(dir, configFile), kept, 0o600))
+	if opens(t, dir, o) {
+		t.Error("the older of the two files counts")
+	}
+	for _, name := range configFiles {
+		mustDo(t, os.WriteFile(filepath.Join(dir, name), kept, 0o600))
+	}
+	checkDisk(t, open(t, dir, o), p.ID, numbers(1, 5))
+}
+
 // What cannot be done to keys is refused, and changes nothing.
 func TestKeysRefused(t *testing.T) {
 	t.Parallel()

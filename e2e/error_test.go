@@ -137,7 +137,7 @@ func TestPassphrase(t *testing.T) {
 	missing.args = []string{"--passphrase-file", "/gone"}
 	missing.fails(exitNotFound, "point", "list")
 
-	for _, folder := range []string{"segments", "points", "index", "repository.json"} {
+	for _, folder := range []string{"segments", "points", "index", "repository.json", "repository.json.copy"} {
 		for _, word := range []string{"the secret of the guest", "tell-nobody"} {
 			if found := grep(t, filepath.Join(r.data, folder), word); found != "" {
 				t.Errorf("%q stands in plain text in %s", word, found)
