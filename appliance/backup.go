@@ -69,7 +69,7 @@ type BackupResult struct {
 	Consistency string       `json:"consistency"`
 	Disks       []DiskBackup `json:"disks"`
 	LockedUntil time.Time    `json:"locked_until,omitzero"`
-	Immutable   bool         `json:"immutable"` // until then: see LockResult
+	Immutable   bool         `json:"immutable,omitzero"` // until then: see LockResult
 }
 
 // BackupImages backs image files up as the disks of one restore point. progress
