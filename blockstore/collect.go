@@ -87,16 +87,12 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 		return CollectResult{}, err
 	}
 	r.reindexAgain()
-	c := &collection{r: r, o: o, live: marks{}, walked: walkedNodes{}}
+	c := r.newCollection(o)
 	candidates := r.segments.sealedSegments()
 	roots := c.begin(candidates)
 	defer c.end()
-	last := map[string]Map{} // of each disk, the map that was marked last
-	for _, root := range roots {
-		if err := c.mark(ctx, r.tree(root.m), r.tree(last[root.disk])); err != nil {
-			return CollectResult{}, fmt.Errorf("collect: %s: %w", root.label, err)
-		}
-		last[root.disk] = root.m
+	if err := c.mark(ctx, roots, candidates); err != nil {
+		return CollectResult{}, fmt.Errorf("collect: %w", err)
 	}
 	err := c.sweep(ctx, candidates)
 	if err != nil {
@@ -107,15 +103,26 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 
 // collection is one run of Collect.
 type collection struct {
-	r          *Repository
-	o          CollectOptions
-	live       marks // of this goroutine
-	walked     walkedNodes
-	marked     int64 // nodes that were walked
-	nodes      int64 // in the segments at the start
+	r        *Repository
+	o        CollectOptions
+	pass     int               // ids that are marked in one pass
+	live     marks             // of this goroutine
+	unlisted map[*segment]bool // segments whose records could not be listed
+	marked   int64             // nodes that a walk over all maps comes to
+
+	// At the start:
+	old     map[*segment]bool // the sealed segments
+	size    int64             // of those, bytes
+	records int               // in those
+	nodes   int64             // in those
+
 	quarantine quarantine
 	slice      time.Time // when the work began that pace measures
 	result     CollectResult
+}
+
+func (r *Repository) newCollection(o CollectOptions) *collection {
+	return &collection{r: r, o: o, pass: maxMarking, live: marks{}, unlisted: map[*segment]bool{}}
 }
 
 // root is a map that is needed.
@@ -160,12 +167,14 @@ func (c *collection) begin(candidates []*segment) []root {
 	r.segments.mu.Lock()
 	defer r.segments.mu.Unlock()
 	r.segments.live = marks{}
-	records := 0
+	c.old = make(map[*segment]bool, len(candidates))
 	for _, seg := range candidates {
 		c.nodes += int64(seg.summary.Records - seg.summary.Chunks)
-		records += int(seg.summary.Records)
+		c.old[seg] = true
+		c.records += int(seg.summary.Records)
+		c.size += seg.summary.Size
 	}
-	c.quarantine.limit = max(minQuarantine, records/64)
+	c.quarantine.limit = max(minQuarantine, c.records/64)
 	return r.rootsLocked(c.o.DryRun)
 }
 
@@ -179,79 +188,6 @@ func (c *collection) progress(phase CollectPhase, done, total int64) {
 	if c.o.Progress != nil {
 		c.o.Progress(CollectProgress{phase, min(done, total), total})
 	}
-}
-
-// walkedNodes are the nodes that a walk over trees has been at, by level: of two points
-// that disagree about a node's level, which only a foreign or damaged point does, neither
-// hides from the other what is below.
-type walkedNodes map[int]marks
-
-// add adds a node and reports whether it was new.
-func (w walkedNodes) add(level int, loc location) bool {
-	m := w[level]
-	if m == nil {
-		m = marks{}
-		w[level] = m
-	}
-	return m.set(loc)
-}
-
-// mark marks a subtree. What it has in common with like, which was marked, is passed over.
-func (c *collection) mark(ctx context.Context, t, like tree) error {
-	if t.id.IsNull() || t == like {
-		return nil
-	}
-	loc, ok, err := c.r.locate(t.id)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		if t.level > 0 {
-			return &CorruptError{ID: t.id, Err: errors.New("this map node is in no segment; verify tells which points need it: delete them first")}
-		}
-		return nil // a chunk that is lost; verify tells of it
-	}
-	c.live.set(loc)
-	if t.level == 0 || !c.walked.add(t.level, loc) {
-		return nil
-	}
-	if err := c.pace(ctx); err != nil {
-		return err
-	}
-	n, err := c.r.node(t.id)
-	if err != nil {
-		return fmt.Errorf("a map node cannot be read, so nobody knows which chunks it needs; nothing was collected; verify tells which points need it: delete them first: %w", err)
-	}
-	c.marked++
-	c.progress(PhaseMark, c.marked, c.nodes)
-	var alike Node
-	if like.level == t.level {
-		alike, _ = c.r.node(like.id) // it only saves work
-	}
-	for i := range Fanout {
-		below := tree{level: -1}
-		if alike != nil {
-			below = like.child(alike, i)
-		}
-		if err := c.mark(ctx, t.child(n, i), below); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// locate returns where a chunk is if its location counts, looking through all
-// segments if the index does not have it.
-func (r *Repository) locate(id ID) (location, bool, error) {
-	loc, ok, err := r.find(id)
-	if err != nil || ok && r.segments.holds(loc) {
-		return loc, ok, err
-	}
-	if err := r.reindexOnce(); err != nil {
-		return location{}, false, err
-	}
-	loc, ok, err = r.find(id)
-	return loc, ok && r.segments.holds(loc), err
 }
 
 // neededLocked reports whether a record may be referenced. segmentSet.mu is held.
@@ -278,7 +214,8 @@ type candidate struct {
 // sweep takes the segments that are worth it out of use, the deadest first: on a full
 // disk they give the space to rewrite the others.
 func (c *collection) sweep(ctx context.Context, segments []*segment) error {
-	todo, total, err := c.candidates(ctx, segments)
+	c.progress(PhaseSweep, 0, c.size)
+	todo, err := c.candidates(ctx, segments)
 	if err != nil {
 		return err
 	}
@@ -287,7 +224,7 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		if err := c.pace(ctx); err != nil {
 			return err
 		}
-		c.progress(PhaseSweep, done, total)
+		c.progress(PhaseSweep, done, c.size)
 		if cand.worth && !c.o.DryRun {
 			if err := c.take(ctx, cand); err != nil {
 				return fmt.Errorf("collect segment %s: %w", cand.seg.path, err)
@@ -298,24 +235,27 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 	if err := c.release(ctx); err != nil {
 		return fmt.Errorf("collect: %w", err)
 	}
-	c.progress(PhaseSweep, total, total)
+	c.progress(PhaseSweep, c.size, c.size)
 	return c.r.appender.finish()
 }
 
-// candidates returns the segments that can be collected, the deadest first, and what they
-// take, bytes.
-func (c *collection) candidates(ctx context.Context, segments []*segment) (todo []candidate, size int64, err error) {
+// candidates returns the segments that can be collected, the deadest first.
+func (c *collection) candidates(ctx context.Context, segments []*segment) ([]candidate, error) {
+	var todo []candidate
 	small, fixed, err := c.survey(segments)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	for _, seg := range segments {
 		if err := c.pace(ctx); err != nil {
-			return nil, 0, err
+			return nil, err
+		}
+		if c.unlisted[seg] {
+			continue // what of it is needed was not marked
 		}
 		entries, err := c.r.entries(seg)
 		if away(err) {
-			return nil, 0, err
+			return nil, err
 		}
 		if err != nil {
 			c.leave(seg, err)
@@ -331,12 +271,11 @@ func (c *collection) candidates(ctx context.Context, segments []*segment) (todo 
 		cand.worth = dead > 0 && float64(dead) >= c.o.MaxUnused*float64(total) ||
 			small >= smallCount && seg.summary.Size < c.r.segmentSize/smallShare
 		todo = append(todo, cand)
-		size += seg.summary.Size
 	}
 	slices.SortStableFunc(todo, func(a, b candidate) int {
 		return cmp.Compare(float64(b.deadBytes)/float64(b.seg.summary.Size), float64(a.deadBytes)/float64(a.seg.summary.Size))
 	})
-	return todo, size, nil
+	return todo, nil
 }
 
 // survey returns how many segments are small, and those that nobody may remove: to copy

@@ -3,7 +3,10 @@ package blockstore
 import (
 	"context"
 	"errors"
+	"maps"
+	"math/bits"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -133,7 +136,54 @@ func TestConfirmation(t *testing.T) {
 				id = "" // it came later
 			}
 			check(r, id)
+			if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
+				t.Error(err)
+			}
+			check(r, id)
+			if again, err := r.Collect(t.Context(), CollectOptions{DryRun: true}); err != nil || again.DeadChunks > 0 {
+				t.Errorf("after a crash and a collection: got %+v, %v, want nothing dead", again, err)
+			}
 		})
+	}
+}
+
+// Marking in many passes finds what one pass finds.
+func TestMarkPasses(t *testing.T) {
+	t.Parallel()
+	r := open(t, create(t, CreateOptions{}), Options{SegmentSize: 64 << 10})
+	first := mustBackup(t, r, "vm", numbers(1, 300))
+	mustBackup(t, r, "vm", append(numbers(1, 200), numbers(1000, 900)...))
+	if err := r.DeletePoint(first.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.purge(), r.appender.finish()); err != nil {
+		t.Fatal(err)
+	}
+	var want marks
+	for _, pass := range []int{maxMarking, 400, 50, 7} {
+		c := r.newCollection(CollectOptions{})
+		c.pass = pass
+		segments := r.segments.sealedSegments()
+		err := c.mark(t.Context(), c.begin(segments), segments)
+		c.end()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want == nil {
+			want = c.live
+		}
+		if !maps.EqualFunc(c.live, want, slices.Equal) {
+			t.Errorf("in passes of %d ids other records are marked than in one", pass)
+		}
+	}
+	n := 0
+	for _, words := range want {
+		for _, w := range words {
+			n += bits.OnesCount64(w)
+		}
+	}
+	if n != 1100+2+1 {
+		t.Errorf("%d records are marked, want 1100 chunks, 2 leaves and a root", n)
 	}
 }
 

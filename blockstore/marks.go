@@ -21,6 +21,13 @@ func (m marks) set(loc location) bool {
 	return true
 }
 
+// clear takes a record out.
+func (m marks) clear(loc location) {
+	if m.has(loc.Segment, loc.Ordinal) {
+		m[loc.Segment][loc.Ordinal/64] &^= 1 << (loc.Ordinal % 64)
+	}
+}
+
 func (m marks) has(segment uint64, ordinal uint32) bool {
 	words := m[segment]
 	word := int(ordinal / 64)
@@ -39,6 +46,21 @@ func (m marks) merge(other marks) {
 			mine[i] |= w
 		}
 	}
+}
+
+// walkedNodes are the nodes that a walk over trees has been at, by level: of two points
+// that disagree about a node's level, which only a foreign or damaged point does, neither
+// hides from the other what is below.
+type walkedNodes map[int]marks
+
+// add adds a node and reports whether it was new.
+func (w walkedNodes) add(level int, loc location) bool {
+	m := w[level]
+	if m == nil {
+		m = marks{}
+		w[level] = m
+	}
+	return m.set(loc)
 }
 
 func sortByNumber(segments []*segment) {

@@ -58,9 +58,8 @@ type idSet struct {
 	shift  int      // to the first bits
 }
 
-// newIDSet returns the set of ids with prefixes, which it sorts and keeps.
+// newIDSet returns the set of ids with prefixes, which are sorted, none twice; it keeps them.
 func newIDSet(prefixes []uint64) idSet {
-	slices.Sort(prefixes)
 	first := max(1, bits.Len(uint(len(prefixes)/4))) // about four prefixes share their first bits
 	s := idSet{sorted: prefixes, from: make([]uint32, 1<<first+1), shift: 64 - first}
 	for _, p := range prefixes {
@@ -72,10 +71,16 @@ func newIDSet(prefixes []uint64) idSet {
 	return s
 }
 
-func (s idSet) has(id ID) bool {
-	p := prefixOf(id)
-	first := p >> s.shift
-	return slices.Contains(s.sorted[s.from[first]:s.from[first+1]], p)
+// find returns the place of a prefix in the set.
+func (s idSet) find(prefix uint64) (int, bool) {
+	first := prefix >> s.shift
+	from := int(s.from[first])
+	for i, p := range s.sorted[from:s.from[first+1]] {
+		if p == prefix {
+			return from + i, true
+		}
+	}
+	return 0, false
 }
 
 // release confirms that nothing in quarantine is missed and removes it for good.
@@ -157,10 +162,12 @@ func (c *collection) short(need int64) (bool, error) {
 }
 
 // confirmation walks the maps of all that may need a record in quarantine. It rests on the ids
-// in the maps alone, not on what the collection has marked.
+// in the maps and on the tables of contents of the segments that hold copies, not on what the
+// collection has marked or remembers to have copied.
 type confirmation struct {
 	c      *collection
-	gone   idSet // ids of the records in quarantine
+	gone   idSet    // ids of the records in quarantine
+	copies []uint64 // bitmap of those in gone that segments hold which came later
 	walked map[walkedNode]struct{}
 }
 
@@ -173,10 +180,15 @@ type walkedNode struct {
 // confirm fails if a listed point, a pinned map or a session needs a record that is in
 // quarantine and nowhere else.
 func (c *collection) confirm(ctx context.Context) error {
-	cf := &confirmation{c: c, gone: newIDSet(c.quarantine.prefixes), walked: map[walkedNode]struct{}{}}
+	slices.Sort(c.quarantine.prefixes)
+	gone := newIDSet(slices.Compact(c.quarantine.prefixes))
+	cf := &confirmation{c: c, gone: gone, copies: make([]uint64, len(gone.sorted)/64+1), walked: map[walkedNode]struct{}{}}
 	total := c.marked
 	done := func() { c.progress(PhaseConfirm, int64(len(cf.walked)), total) }
 	done()
+	if err := cf.findCopies(ctx); err != nil {
+		return err
+	}
 	// Sessions first: one that is not there any more has listed its point, or has none.
 	for _, n := range c.r.segments.sessionNeeds() {
 		err := cf.session(ctx, n)
@@ -190,6 +202,33 @@ func (c *collection) confirm(ctx context.Context) error {
 	for _, root := range c.r.roots() {
 		if err := cf.walk(ctx, c.r.tree(root.m), done); err != nil {
 			return fmt.Errorf("%s: %w", root.label, err)
+		}
+	}
+	return nil
+}
+
+// findCopies finds which of the ids in quarantine are in segments that were made since the collection
+// began.
+func (cf *confirmation) findCopies(ctx context.Context) error {
+	r := cf.c.r
+	if err := r.appender.finish(); err != nil {
+		return err
+	}
+	for _, seg := range r.segments.sealedSegments() {
+		if cf.c.old[seg] {
+			continue
+		}
+		if err := cf.c.pace(ctx); err != nil {
+			return err
+		}
+		entries, err := r.entries(seg)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if k, ok := cf.gone.find(prefixOf(e.ID)); ok {
+				cf.copies[k/64] |= 1 << (k % 64)
+			}
 		}
 	}
 	return nil
@@ -244,7 +283,8 @@ func (cf *confirmation) walk(ctx context.Context, t tree, done func()) error {
 
 // check fails if an id lay in quarantine and counts nowhere.
 func (cf *confirmation) check(ctx context.Context, id ID) error {
-	if !cf.gone.has(id) {
+	k, ok := cf.gone.find(prefixOf(id))
+	if !ok || cf.copies[k/64]&(1<<(k%64)) != 0 {
 		return nil
 	}
 	r := cf.c.r

@@ -359,6 +359,20 @@ func (r *Repository) reindexAgain() {
 	r.reindexed = false
 }
 
+// locate returns where a chunk is if its location counts, looking through all
+// segments if the index does not have it.
+func (r *Repository) locate(id ID) (location, bool, error) {
+	loc, ok, err := r.find(id)
+	if err != nil || ok && r.segments.holds(loc) {
+		return loc, ok, err
+	}
+	if err := r.reindexOnce(); err != nil {
+		return location{}, false, err
+	}
+	loc, ok, err = r.find(id)
+	return loc, ok && r.segments.holds(loc), err
+}
+
 // reindexOnce enters all segments again, once until reindexAgain.
 func (r *Repository) reindexOnce() error {
 	r.reindexing.Lock()
