@@ -31,11 +31,13 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"filippo.io/age"
 
 	"github.com/holdfast-backup/holdfast/blockstore"
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // maxKeyFile bounds the files that hold a passphrase or identities, bytes.
@@ -48,6 +50,8 @@ type Options struct {
 	// age identities. "" is none.
 	PassphraseFile string
 	IdentityFile   string
+	// Storage, if set, watches the data folder and the disks that are read and written.
+	Storage *Storage
 	// Log hears of what needs attention but fails nothing. Nil discards it.
 	Log *slog.Logger
 	// Guard is the socket of the holdfast-guard that makes the files of locked points
@@ -57,7 +61,7 @@ type Options struct {
 
 // store returns the options for the blockstore.
 func (o Options) store() (blockstore.Options, error) {
-	opened := blockstore.Options{Log: o.Log}
+	opened := blockstore.Options{Log: o.Log, Watch: o.Storage.watcher()}
 	var err error
 	if o.PassphraseFile != "" {
 		if opened.Passphrase, err = readPassphrase(o.PassphraseFile); err != nil {
@@ -81,6 +85,9 @@ type Appliance struct {
 	identities []age.Identity
 	// guard is nil if there is none.
 	guard *guardian
+	watch *durable.Watcher // of storage; may be nil
+	// busy: a request stays in the repository.
+	busy atomic.Bool
 
 	// binding is held while an overlay comes into being over a point, and while a
 	// point is deleted: no overlay is left without its point.
@@ -115,7 +122,7 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if err != nil {
 		return nil, openError(dir, err)
 	}
-	return &Appliance{dir: dir, repo: repo, log: o.Log, guard: g, identities: keys.Identities, held: map[string]bool{}}, nil
+	return &Appliance{dir: dir, repo: repo, log: o.Log, guard: g, watch: o.Storage.watcher(), identities: keys.Identities, held: map[string]bool{}}, nil
 }
 
 // dataFolder returns the absolute path of a data folder.
@@ -138,8 +145,12 @@ func openError(dir string, err error) error {
 	return fmt.Errorf("open %s: %w", dir, err)
 }
 
-// Close makes everything durable and closes the data folder.
+// Close makes everything durable and closes the data folder. If a request of an export that has ended
+// stays in the repository, it closes nothing: the end of the process does.
 func (a *Appliance) Close() error {
+	if a.busy.Load() {
+		return nil
+	}
 	if err := a.repo.Close(); err != nil {
 		return fmt.Errorf("close %s: %w", a.dir, err)
 	}
@@ -156,6 +167,8 @@ type InitOptions struct {
 	Recipients     []string
 	// DeleteQuarantine is how long deleted points can be brought back, at least, up to 10 years.
 	DeleteQuarantine time.Duration
+	// Storage, if set, watches the data folder.
+	Storage *Storage
 }
 
 // InitResult describes a new repository.
@@ -181,7 +194,7 @@ func Init(dir string, o InitOptions) (InitResult, error) {
 	if err := checkQuarantine(o.DeleteQuarantine); err != nil {
 		return InitResult{}, err
 	}
-	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients, DeleteQuarantine: o.DeleteQuarantine}
+	create := blockstore.CreateOptions{ChunkSize: int(o.ChunkSize), Recipients: o.Recipients, DeleteQuarantine: o.DeleteQuarantine, Watch: o.Storage.watcher()}
 	for _, r := range o.Recipients {
 		if err := (blockstore.NewKey{Recipient: r}).Check(); err != nil {
 			return InitResult{}, &kindError{err.Error(), errInvalid}

@@ -84,7 +84,7 @@ func (a *Appliance) BackupImages(ctx context.Context, b ImageBackup, progress fu
 	if request.Config, err = readConfig(b.ConfigFiles); err != nil {
 		return BackupResult{}, fmt.Errorf("back up %s: %w", b.VM, err)
 	}
-	files, err := b.open(ctx, names, a.log)
+	files, err := b.open(ctx, names, a)
 	defer func() {
 		for _, f := range files {
 			err = errors.Join(err, f.Close())
@@ -130,10 +130,10 @@ func (a *Appliance) ingest(ctx context.Context, request ingest.Request, progress
 
 // open opens the image files and NBD exports. After an error it returns those that are open
 // already.
-func (b ImageBackup) open(ctx context.Context, names []string, log *slog.Logger) ([]image.DiskCloser, error) {
+func (b ImageBackup) open(ctx context.Context, names []string, a *Appliance) ([]image.DiskCloser, error) {
 	var files []image.DiskCloser
 	for i, path := range b.Files {
-		f, err := b.openOne(ctx, path, log)
+		f, err := openWatched(a.watch, path, func() (image.DiskCloser, error) { return b.openOne(ctx, path, a.log) })
 		if err != nil {
 			return files, fmt.Errorf("back up disk %s of %s: %w", names[i], b.VM, err)
 		}

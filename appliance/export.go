@@ -160,9 +160,11 @@ func (a *Appliance) Export(ctx context.Context, o ExportOptions, ready func(Expo
 		return fmt.Errorf("export %s: %w", o.Name, err)
 	}
 	defer func() {
-		if !errors.Is(err, nbdserver.ErrBusy) { // a request may still come back from the disk
-			err = errors.Join(err, closeDisk())
+		if errors.Is(err, nbdserver.ErrBusy) { // a request may still come back from the disk
+			a.busy.Store(true)
+			return
 		}
+		err = errors.Join(err, closeDisk())
 	}()
 	server := nbdserver.New(nbdserver.Options{Log: a.log, TLS: encryption, MaxConnections: o.MaxClients, IdleTimeout: o.IdleTimeout})
 	if err := server.Add(export); err != nil {

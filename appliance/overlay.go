@@ -58,6 +58,9 @@ func (a *Appliance) overlayPath(export string) (string, error) {
 	return filepath.Join(a.dir, overlayFolder, file), nil
 }
 
+// fs returns the file system of overlays.
+func (a *Appliance) fs() durable.FS { return a.watch.FS(durable.OS()) }
+
 // hold takes an overlay for one user; a second one is refused until release.
 func (a *Appliance) hold(export string) (release func(), err error) {
 	a.mu.Lock()
@@ -79,13 +82,13 @@ func (a *Appliance) kept(name string) (overlayMeta, error) {
 	if err != nil {
 		return overlayMeta{}, err
 	}
-	meta, _, err := statOverlay(path)
+	meta, _, err := a.statOverlay(path)
 	return meta, err
 }
 
 // statOverlay reads what an overlay's file tells of itself.
-func statOverlay(path string) (meta overlayMeta, info overlay.Info, err error) {
-	if info, err = overlay.Stat(path, overlay.Options{}); err != nil {
+func (a *Appliance) statOverlay(path string) (meta overlayMeta, info overlay.Info, err error) {
+	if info, err = overlay.Stat(path, overlay.Options{FS: a.fs()}); err != nil {
 		return meta, info, err
 	}
 	if err := json.Unmarshal(info.Meta, &meta); err != nil {
@@ -148,7 +151,7 @@ func (a *Appliance) openOverlay(meta overlayMeta, base image.Disk, limit int64) 
 	if _, err := a.kept(meta.Name); errors.Is(err, os.ErrNotExist) {
 		return a.createOverlay(path, meta, base, max(limit, 0))
 	}
-	return overlay.Open(path, base, overlay.Options{Limit: limit, Log: a.log})
+	return overlay.Open(path, base, overlay.Options{FS: a.fs(), Limit: limit, Log: a.log})
 }
 
 // closeOverlay closes what clients wrote to an export; if they wrote nothing, it
@@ -162,14 +165,14 @@ func (a *Appliance) closeOverlay(export string, o *overlay.Overlay) error {
 	if err != nil {
 		return err
 	}
-	return overlay.Remove(path, overlay.Options{})
+	return overlay.Remove(path, overlay.Options{FS: a.fs()})
 }
 
 func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk, limit int64) (*overlay.Overlay, error) {
-	if err := durable.OS().Mkdir(filepath.Dir(path)); err != nil {
+	if err := a.fs().Mkdir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
-	if err := durable.OS().SyncDir(a.dir); err != nil {
+	if err := a.fs().SyncDir(a.dir); err != nil {
 		return nil, err
 	}
 	encoded, err := json.Marshal(meta)
@@ -181,7 +184,7 @@ func (a *Appliance) createOverlay(path string, meta overlayMeta, base image.Disk
 	if _, err := a.repo.Point(meta.Point); err != nil {
 		return nil, err
 	}
-	return overlay.Create(path, base, overlay.Options{Limit: limit, Meta: encoded, Log: a.log})
+	return overlay.Create(path, base, overlay.Options{FS: a.fs(), Limit: limit, Meta: encoded, Log: a.log})
 }
 
 // WritableExports lists what is kept of writable exports, by name. What can't be
@@ -201,7 +204,7 @@ func (a *Appliance) WritableExports() ([]WritableExport, error) {
 func (a *Appliance) writableExports() (found []WritableExport, unreadable []error, err error) {
 	found = []WritableExport{}
 	folder := filepath.Join(a.dir, overlayFolder)
-	files, err := os.ReadDir(folder)
+	files, err := a.fs().ReadDir(folder)
 	if errors.Is(err, os.ErrNotExist) {
 		return found, nil, nil
 	}
@@ -212,7 +215,7 @@ func (a *Appliance) writableExports() (found []WritableExport, unreadable []erro
 		if !strings.HasSuffix(f.Name(), overlaySuffix) {
 			continue
 		}
-		meta, info, err := statOverlay(filepath.Join(folder, f.Name()))
+		meta, info, err := a.statOverlay(filepath.Join(folder, f.Name()))
 		if err != nil {
 			unreadable = append(unreadable, err)
 			continue
@@ -241,7 +244,7 @@ func (a *Appliance) RemoveExport(name string) error {
 		return err
 	}
 	defer release()
-	err = overlay.Remove(path, overlay.Options{})
+	err = overlay.Remove(path, overlay.Options{FS: a.fs()})
 	if errors.Is(err, os.ErrNotExist) {
 		return notFound("export %s: nothing is kept of such a writable export; see export list", name)
 	}
@@ -292,7 +295,7 @@ func (a *Appliance) CommitExport(ctx context.Context, name, vm string, progress 
 		opened = append(opened, disk.Close)
 		source := ingest.Source{Name: d.Name, Disk: disk, Changed: []image.Extent{}, Since: point.ID}
 		if d.Name == meta.Disk {
-			o, err := overlay.Open(path, disk, overlay.Options{Log: a.log})
+			o, err := overlay.Open(path, disk, overlay.Options{FS: a.fs(), Log: a.log})
 			if err != nil {
 				return BackupResult{}, fmt.Errorf("commit export %s: %w", name, err)
 			}

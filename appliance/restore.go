@@ -12,6 +12,7 @@ import (
 	"github.com/holdfast-backup/holdfast/blockstore"
 	"github.com/holdfast-backup/holdfast/image"
 	"github.com/holdfast-backup/holdfast/image/diskfile"
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // WriteFormats are the formats of image files that a restore can write.
@@ -43,7 +44,9 @@ type RestoreResult struct {
 // RestoreImage writes a disk of a point as an image file; every chunk's hash is
 // checked on the way. progress may be nil. If it fails or ctx ends, there is no file.
 func (a *Appliance) RestoreImage(ctx context.Context, r ImageRestore, progress func(Progress)) (_ RestoreResult, err error) {
+	looking := a.watch.Begin(durable.Opening, &r.To)
 	format, err := r.check()
+	looking.End()
 	if err != nil {
 		return RestoreResult{}, err
 	}
@@ -57,7 +60,10 @@ func (a *Appliance) RestoreImage(ctx context.Context, r ImageRestore, progress f
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
 	count := counter{tell: progress, now: Progress{Subject: "disk " + d.Name + " of " + p.VM, Total: disk.Size(), Unit: Bytes}}
-	if err := diskfile.Write(ctx, r.To, disk, diskfile.Format(format), image.WriteOptions{Progress: count.add}); err != nil {
+	written, end := writing(a.watch, r.To, disk.Size())
+	defer end()
+	o := image.WriteOptions{Progress: func(n int64) { written(n); count.add(n) }}
+	if err := diskfile.Write(ctx, r.To, disk, diskfile.Format(format), o); err != nil {
 		return RestoreResult{}, fmt.Errorf("restore disk %s of %s: %w", d.Name, p.VM, err)
 	}
 	return RestoreResult{Point: string(p.ID), VM: p.VM, Disk: d.Name, File: r.To, Format: format, Size: disk.Size()}, nil

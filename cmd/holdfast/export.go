@@ -70,11 +70,12 @@ the metadata context holdfast:changed:ID.`,
 			if limit == 0 && cmd.Flags().Changed("limit") {
 				o.Limit = appliance.NoLimit
 			}
-			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+			return p.openServing(cmd.Context(), func(a *appliance.Appliance, serving func()) error {
 				// A goroutine in a system call keeps its place until the runtime notices, which
 				// takes longer than a quick disk; with few places requests would wait for that.
 				runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), servingProcs))
 				return a.Export(cmd.Context(), o, func(e appliance.Export) error {
+					serving()
 					if o.Client != nil || len(o.Listeners) > 0 {
 						return nil // standard output is the client, or its user's
 					}

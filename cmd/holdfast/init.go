@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-backup/holdfast/appliance"
@@ -23,9 +25,14 @@ are faster to restore. The chunk size cannot be changed later.`,
   holdfast init --passphrase-file /root/holdfast.key
   holdfast init --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p`,
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.PassphraseFile = p.passphraseFile
-			r, err := appliance.Init(p.data, o)
+			var r appliance.InitResult
+			err := p.guarded(cmd.Context(), func(context.Context, func()) (err error) {
+				o.Storage = p.storage
+				r, err = appliance.Init(p.data, o)
+				return err
+			})
 			if err != nil {
 				return err
 			}

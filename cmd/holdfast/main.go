@@ -9,8 +9,13 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 )
+
+// The first thread is the main goroutine's alone: the kernel hands it the process's signals, and
+// one that waits for storage takes none.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}

@@ -43,8 +43,9 @@ unmounts DIR, which is its normal end: exit status 0.`,
 			if !foreground && !detached {
 				return p.mountDetached(cmd.Context())
 			}
-			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
+			return p.openServing(cmd.Context(), func(a *appliance.Appliance, serving func()) error {
 				return a.Mount(cmd.Context(), args[0], o, func(m appliance.Mount) error {
+					serving()
 					if err := p.print(m, "mounted at %s\n", m.Dir); err != nil || !detached {
 						return err
 					}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -195,7 +196,11 @@ repository is opened.`,
 		Example: "  holdfast repo rebuild-index",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r, err := appliance.RebuildIndex(cmd.Context(), p.data, p.options(), p.progress())
+			var r appliance.RebuildResult
+			err := p.guarded(cmd.Context(), func(ctx context.Context, _ func()) (err error) {
+				r, err = appliance.RebuildIndex(ctx, p.data, p.options(), p.progress())
+				return err
+			})
 			if err != nil {
 				return err
 			}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/spf13/cobra"
@@ -51,6 +52,8 @@ type program struct {
 	passphraseFile string
 	identityFile   string
 	guard          string
+	storageTimeout time.Duration
+	storage        *appliance.Storage // while a command runs in guarded
 }
 
 // run runs a command line to its end and returns the exit status.
@@ -78,7 +81,11 @@ func (p *program) explain(ctx context.Context, cmd *cobra.Command, err error) (c
 		return int(exit), ""
 	}
 	if ctx.Err() != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, context.Cause(ctx))) {
-		return exitInterrupted, strings.TrimPrefix(cmd.CommandPath(), "holdfast ") + " was interrupted"
+		line := strings.TrimPrefix(cmd.CommandPath(), "holdfast ") + " was interrupted"
+		if stall, ok := errors.AsType[*appliance.StallError](err); ok {
+			line += "; " + stall.Error()
+		}
+		return exitInterrupted, line
 	}
 	if !p.started { // cobra did not get as far as the command
 		return exitUsage, fmt.Sprintf("%v; see: %s --help", err, cmd.CommandPath())
@@ -103,7 +110,7 @@ func oneLine(s string) string {
 
 // options returns how to open the data folder.
 func (p *program) options() appliance.Options {
-	return appliance.Options{PassphraseFile: p.passphraseFile, IdentityFile: p.identityFile, Guard: p.guard, Log: p.log()}
+	return appliance.Options{PassphraseFile: p.passphraseFile, IdentityFile: p.identityFile, Guard: p.guard, Storage: p.storage, Log: p.log()}
 }
 
 // log returns a logger that writes warnings as plain lines.
@@ -123,14 +130,30 @@ func (p *program) log() *slog.Logger {
 	}))
 }
 
+// guarded runs what works with storage, and gives it up if that does not answer. Then the process
+// has to end.
+func (p *program) guarded(ctx context.Context, do func(ctx context.Context, serving func()) error) error {
+	p.storage = appliance.WatchStorage(p.storageTimeout, nil)
+	defer p.storage.Close()
+	return p.storage.Serve(ctx, do)
+}
+
 // open opens the data folder for do and closes it afterwards.
-func (p *program) open(ctx context.Context, do func(*appliance.Appliance) error) (err error) {
-	a, err := appliance.Open(ctx, p.data, p.options())
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, a.Close()) }()
-	return do(a)
+func (p *program) open(ctx context.Context, do func(*appliance.Appliance) error) error {
+	return p.openServing(ctx, func(a *appliance.Appliance, _ func()) error { return do(a) })
+}
+
+// openServing is open for what calls serving when it serves others: from then on storage that does not
+// answer ends nothing.
+func (p *program) openServing(ctx context.Context, do func(a *appliance.Appliance, serving func()) error) error {
+	return p.guarded(ctx, func(ctx context.Context, serving func()) (err error) {
+		a, err := appliance.Open(ctx, p.data, p.options())
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, a.Close()) }()
+		return do(a, serving)
+	})
 }
 
 // progress returns what shows the progress of long work, nil with --quiet.
