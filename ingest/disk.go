@@ -43,7 +43,7 @@ type diskRun struct {
 	recount bool  // data is not right: parts of base can't be read
 }
 
-func newDiskRun(repo *blockstore.Repository, s *blockstore.Session, vm string, src Source, report *reporter) *diskRun {
+func newDiskRun(ctx context.Context, repo *blockstore.Repository, s *blockstore.Session, vm string, src Source, report *reporter) (*diskRun, error) {
 	d := &diskRun{
 		repo: repo, session: s, src: src, size: src.Disk.Size(), report: report,
 		chunk: int64(repo.ChunkSize()), stripe: max(stripeSize, int64(repo.ChunkSize())),
@@ -52,20 +52,42 @@ func newDiskRun(repo *blockstore.Repository, s *blockstore.Session, vm string, s
 	d.buffers.New = func() any { b := make([]byte, d.stripe); return &b }
 	if src.Changed != nil {
 		base, ok := s.BaseAt(src.Since, src.Name)
-		if ok && base.Size == d.size && !repo.AnyDamaged() {
+		if ok && base.Size == d.size {
+			// Only what is read can heal what is known to be damaged.
+			damaged, err := repo.DamagedExtents(ctx, base)
+			if err != nil {
+				return nil, err
+			}
+			d.src.Changed = slices.Concat(src.Changed, damaged)
 			d.result.Mode, d.base, d.data = Incremental, base, base.Data
-			return d
+			return d, nil
 		}
 	}
 	var point blockstore.PointID
 	if d.base, point = s.Base(vm, src.Name); point == "" {
-		return d
+		return d, nil
 	}
 	d.result.Mode = Scan
 	if d.resized = d.base.Size != d.size; !d.resized {
 		d.data = d.base.Data
 	}
-	return d
+	return d, nil
+}
+
+// backUp backs a disk up. A map of the last point that turns out to be damaged where the source calls
+// everything unchanged has the whole disk scanned.
+func backUp(ctx context.Context, repo *blockstore.Repository, s *blockstore.Session, vm string, src Source, report *reporter) (blockstore.Map, DiskResult, error) {
+	d, err := newDiskRun(ctx, repo, s, vm, src, report)
+	if err != nil {
+		return blockstore.Map{}, DiskResult{}, err
+	}
+	m, err := d.run(ctx)
+	if errors.Is(err, blockstore.ErrDamaged) && d.result.Mode == Incremental {
+		report.again(d.size)
+		src.Changed = nil
+		return backUp(ctx, repo, s, vm, src, report)
+	}
+	return m, d.result, err
 }
 
 // run backs the disk up and returns its map.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -158,4 +159,97 @@ func TestHeal(t *testing.T) {
 	// Though nothing is said to have changed but one byte: what can't be compared is read.
 	run(ingest.Source{Name: "a", Disk: memory(disk), Changed: []image.Extent{{Off: 0, Len: 1}, {Off: 70 * mib, Len: 1}, {Off: 129 * mib, Len: 1}}})
 	run(ingest.Source{Name: "a", Disk: memory(disk)})
+}
+
+// spoil flips a bit in the n-th record of a type in the only segment; from the end if n is negative.
+func spoil(t *testing.T, dir string, kind byte, n int) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "segments", "*.seg"))
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	data, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var records []int
+	for off := 0; ; off += 4 {
+		next := bytes.Index(data[off:], []byte("HFR1"))
+		if next < 0 {
+			break
+		}
+		if off += next; data[off+4] == kind {
+			records = append(records, off)
+		}
+	}
+	if n < 0 {
+		n += len(records)
+	}
+	data[records[n]+60] ^= 1
+	if err := os.WriteFile(files[0], data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Whatever a backup reads, and though nothing is said to have changed: what is damaged of the last point is
+// read from the disk and stored anew, and of an incremental backup no more than that if it is known. The
+// old point is whole again, though the bad record is still there. Damage to another disk changes nothing.
+func TestHealModes(t *testing.T) {
+	t.Parallel()
+	disk := make([]byte, 130*mib) // three leaves
+	fill(disk, rand.New(rand.NewPCG(7, 8)), 0, 2*mib)
+	fill(disk, rand.New(rand.NewPCG(9, 8)), 70*mib, mib)
+	fill(disk, rand.New(rand.NewPCG(9, 9)), 129*mib, mib)
+	for _, damage := range []struct {
+		name string
+		kind byte
+		n    int
+		most int64 // bytes that an incremental backup reads if the damage is known
+	}{{"chunk", 1, 5, 128 << 10}, {"leaf", 2, 0, 64 * mib}, {"root", 2, -1, 130 * mib}} {
+		for _, mode := range []ingest.Mode{ingest.Scan, ingest.Incremental} {
+			for _, known := range []bool{true, false} {
+				if !known && (damage.kind == 1 || damage.name == "leaf" && mode == ingest.Incremental) {
+					continue // nothing of it is read
+				}
+				name := fmt.Sprintf("%s, %s, known %v", damage.name, mode, known)
+				dir := t.TempDir()
+				if err := blockstore.Create(dir, blockstore.CreateOptions{}); err != nil {
+					t.Fatal(err)
+				}
+				use := func(fn func(r *blockstore.Repository)) {
+					r, err := blockstore.Open(dir, blockstore.Options{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer r.Close()
+					fn(r)
+				}
+				var first blockstore.Point
+				use(func(r *blockstore.Repository) {
+					first = backup(t, r, ingest.Source{Name: "a", Disk: memory(disk)}).Point
+				})
+				spoil(t, dir, damage.kind, damage.n)
+				use(func(r *blockstore.Repository) {
+					if known {
+						if v, err := r.Verify(t.Context(), blockstore.VerifyOptions{}); err != nil || v.DamagedChunks != 1 {
+							t.Errorf("%s: verify: got %+v, %v", name, v, err)
+						}
+					}
+					src := ingest.Source{Name: "a", Disk: memory(disk)}
+					if mode == ingest.Incremental {
+						src.Changed, src.Since = []image.Extent{{Off: 0, Len: 1}}, first.ID
+					}
+					got := backup(t, r, src)
+					if read := got.Disks[0].Read; mode == ingest.Incremental && known && (got.Disks[0].Mode != mode || read > damage.most+64<<10) {
+						t.Errorf("%s: got mode %s, %d bytes read, want %s and up to %d", name, got.Disks[0].Mode, read, mode, damage.most)
+					}
+					check(t, r, got.Point, "a", disk)
+					check(t, r, first, "a", disk)
+					if v, err := r.Verify(t.Context(), blockstore.VerifyOptions{}); err != nil || len(v.Errors) > 0 {
+						t.Errorf("%s: verify after the backup: %+v, %v", name, v, err)
+					}
+				})
+			}
+		}
+	}
 }

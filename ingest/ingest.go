@@ -35,9 +35,8 @@ import (
 // Mode says how much of a disk is read.
 type Mode string
 
-// The modes. A disk of another size than in the last point is scanned, and so is
-// one of a repository in which something is known to be damaged: only what is read
-// can heal it.
+// The modes. A disk of another size than in the last point is scanned. Of an incremental one, what is
+// known to be damaged in the last point is read too: only that can heal it.
 const (
 	Full        Mode = "full"        // all data is read and nothing is compared
 	Scan        Mode = "scan"        // all data is read and compared with the last point
@@ -108,14 +107,13 @@ func Run(ctx context.Context, repo *blockstore.Repository, req Request, progress
 	}
 	var disks []DiskResult
 	for _, src := range req.Disks {
-		d := newDiskRun(repo, s, req.VM, src, report)
-		m, err := d.run(ctx)
+		m, result, err := backUp(ctx, repo, s, req.VM, src, report)
 		if err != nil {
 			return Result{}, fmt.Errorf("back up disk %s of %s: %w", src.Name, req.VM, err)
 		}
 		point.Disks = append(point.Disks, blockstore.PointDisk{Name: src.Name, Map: m})
-		point.Mode = string(weaker(Mode(point.Mode), d.result.Mode))
-		disks = append(disks, d.result)
+		point.Mode = string(weaker(Mode(point.Mode), result.Mode))
+		disks = append(disks, result)
 	}
 	point, err := s.Commit(ctx, point)
 	if err != nil {

@@ -45,6 +45,13 @@ func (r *reporter) done(n int64) {
 	}
 }
 
+// again adds bytes that are to be done once more.
+func (r *reporter) again(n int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.now.Total += n
+}
+
 // finish tells the last word.
 func (r *reporter) finish() {
 	r.mu.Lock()
