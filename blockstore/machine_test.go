@@ -43,6 +43,7 @@ type promise struct {
 	// listed means that it must be there, and gone that it must not. If neither is
 	// said it may be there, whole.
 	listed, gone bool
+	locked       bool // nothing deletes it
 }
 
 // machineFolder is the real folder for the lock of a machine's repository.
@@ -271,6 +272,33 @@ func (m *machine) collect(t testing.TB) error {
 	return err
 }
 
+// find returns a point of a VM that was made.
+func (m *machine) find(vm string) (PointID, *promise) {
+	for id, p := range m.points {
+		if p.vm == vm {
+			return id, p
+		}
+	}
+	return "", nil
+}
+
+// undelete brings the only point of a VM back.
+func (m *machine) undelete(vm string) error {
+	id, p := m.find(vm)
+	p.gone = false
+	err := m.r.UndeletePoint(id)
+	p.listed = err == nil
+	return err
+}
+
+// lock locks the only point of a VM.
+func (m *machine) lock(vm string) error {
+	id, p := m.find(vm)
+	_, err := m.r.LockPoint(id, time.Hour)
+	p.locked = err == nil
+	return err
+}
+
 func (m *machine) verify(t testing.TB) error {
 	v, err := m.r.Verify(t.Context(), VerifyOptions{})
 	// The index is in memory; the files in its folder are those of several machines.
@@ -318,6 +346,14 @@ func (m *machine) check(t testing.TB) {
 		if want.listed && !listed[id] {
 			t.Errorf("point %s of %s was acknowledged and is not listed", id, want.vm)
 		}
+		if want.locked {
+			if err := m.r.DeletePoint(id); !errors.Is(err, ErrLocked) {
+				t.Errorf("a locked point is deleted: got %v, want %v", err, ErrLocked)
+			}
+		}
+	}
+	for _, p := range m.r.PointProblems() {
+		t.Errorf("problem: %+v", p)
 	}
 	for _, bad := range m.r.DamagedPoints() {
 		t.Errorf("point %s is damaged: %v", bad.ID, bad.Err)

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/faultfs"
 )
@@ -62,6 +63,16 @@ func scenarios() []scenario {
 			return errors.Join(first, second)
 		}},
 		{name: "delete", run: func(_ testing.TB, m *machine) error { return m.delete("doomed") }},
+		{name: "delete and keep", run: func(_ testing.TB, m *machine) error {
+			return errors.Join(m.r.SetDeleteQuarantine(time.Hour), m.delete("doomed"))
+		}},
+		{name: "undelete", run: func(_ testing.TB, m *machine) error { return m.undelete("doomed") }, prepare: func(_ testing.TB, m *machine) error {
+			if err := m.open(); err != nil {
+				return err
+			}
+			return errors.Join(m.r.SetDeleteQuarantine(time.Hour), m.delete("doomed"))
+		}},
+		{name: "lock", run: func(_ testing.TB, m *machine) error { return m.lock("doomed") }},
 		{name: "collect", run: func(t testing.TB, m *machine) error { return m.collect(t) }, prepare: func(_ testing.TB, m *machine) error {
 			return errors.Join(m.open(), m.delete("doomed"))
 		}},
