@@ -358,17 +358,17 @@ func (r *Repository) purge() error {
 				c.record(r.sealer, Change{Op: OpPurge, Point: id, At: now})
 			}
 		})
-		if err == nil && r.copyErr != nil {
-			err = fmt.Errorf("the copy of the catalog still lists them: %w", r.copyErr)
-		}
 		if err != nil {
 			return err
 		}
-	}
-	for _, id := range due {
-		delete(r.deleted, id)
-		delete(r.damagedPoints, id)
-		delete(r.worn, id)
+		for _, id := range due {
+			delete(r.deleted, id)
+			delete(r.damagedPoints, id)
+			delete(r.worn, id)
+		}
+		if r.copyErr != nil {
+			return fmt.Errorf("the copy of the catalog still lists them: %w", r.copyErr)
+		}
 	}
 	// Stopped here, the files are no points any more, and the next collection removes them.
 	if err := r.removeFiles(gone); err != nil {
