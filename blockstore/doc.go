@@ -17,10 +17,13 @@
 //	lock                  held by the process that has the repository open
 //	segments/*.seg        the only home of chunks
 //	points/*.point        one file a restore point
+//	points/catalog        the list of the points
+//	points/catalog.copy   the same, written after it
+//	points/clock          where the clock that locks are measured with stood at a Close
 //	index/                BadgerDB: id → place. A cache of the segments
 //	quarantine/TIME/…     what a repair replaced, each file under the path that it had
 //
-// Segments and points are the truth; without index/, or with one that it cannot trust, the next
+// Segments, points and the catalog are the truth; without index/, or with one that it cannot trust, the next
 // opening makes it anew.
 //
 // # Segment, format 1
@@ -71,18 +74,58 @@
 //	20   8  generation of the segment, which no guest knows: its chunks can't end like this
 //	28   4  CRC-32C of bytes 0–27
 //
-// # Point, format 1
+// # Envelope, format 1
 //
-// A point's file is named by its id, 32 hexadecimal digits:
+// The files in points/ are small, and to lose one costs much. Each holds what follows twice, the
+// second time from the next multiple of 4096 on, with zeros between:
 //
-//	 0   8  magic "HFPOINT\0"
+//	 0   8  magic: "HFPOINT\0", "HFCATLOG" or "HFCLOCK\0"
 //	 8   2  version, 1
 //	10   2  flags: 1 the payload is encrypted
-//	12   4  length n of the payload, below 64 MiB
-//	16  16  salt, random; zero if not encrypted
+//	12   4  length n of the payload; n + 40 is up to 64 MiB
+//	16  16  encrypted: salt, random. Otherwise the first half of a BLAKE3 hash of the name's
+//	        length (4 bytes), the repository's id, the name, and the payload
 //	32   4  zero
 //	36   4  CRC-32C of bytes 0–35 and the payload
-//	40   n  payload: JSON, see [Point]
+//	40   n  payload: JSON
+//
+// The name is a point's id, "catalog" or "clock". The first copy that is right counts; its place
+// is known from the other's header, or from the file's length. A file that is not exactly that copy twice is worn,
+// which a verification tells and a repair mends.
+//
+// # Point, format 1
+//
+// points/ID.point, its id 32 hexadecimal digits, is an envelope with the fields of [Point] and
+//
+//	seq           the number of the change that lists it
+//	prev          the chain's value before that change
+//	committed     when, by the repository's clock
+//	locked_until  the end of the lock that it got then; left out without one
+//
+// It is never changed. What happens to the point later is in the catalog.
+//
+// # Catalog, format 1
+//
+// points/catalog and points/catalog.copy are envelopes with
+//
+//	repository     its id
+//	seq            how many changes there were
+//	chain          64 hexadecimal digits, see below
+//	clock          where the clock stood: time, boot (boot_id), uptime_ns
+//	quarantine_ns  for which deleted points are kept
+//	lost           why the catalog had to be made from the points' files; left out otherwise
+//	points         of each: id, vm, time, hash (BLAKE3, of the payload of its file), seq (of the change that
+//	               listed it), locked_until, deleted, purge_after, purged
+//	since          the chain's value before the first of changes
+//	changes        the last 1000, see [Change]
+//
+// The chain's value after a change is a BLAKE3 hash of the value before and the change as JSON, keyed if the
+// repository is encrypted; it begins with the hash of 32 zeros and the repository's id. seq and chain
+// together are the head: who notes it elsewhere can tell later that the repository was put back.
+//
+// The catalog is written whole at each change: twice, in both files, about 700 bytes a point
+// and the length of its VM's name four times, and about 1 MB for 1000 changes. A purged point stays listed as
+// purged until its file is gone for good.
 //
 // # Ids and keys
 //
@@ -94,9 +137,9 @@
 // times, each encrypted as an age file for a passphrase or for a recipient. All
 // others are derived from it with BLAKE3's derive_key: the keys of the id
 // hashes, which then tell nothing of the content, a key for each segment, from its
-// number and generation, and one for each point file, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
-// record is its offset, its additional data are bytes 0–47 of its header; for a point
-// the nonce is zero and the additional data are its id. docs/security.md says what this
+// number and generation, and one for each file in points/, from its salt. Payloads are sealed with AES-256-GCM; the nonce of a
+// record is its offset, its additional data are bytes 0–47 of its header; for a file in points/
+// the nonce is zero and the additional data are the repository's id and the name. docs/security.md says what this
 // protects and what not.
 //
 // # repository.json
@@ -135,6 +178,14 @@
 //	write             index entries
 //	write, fsync      points/ID.point.tmp
 //	rename, fsync     points/ID.point, points/
+//	write, fsync      points/catalog.tmp
+//	rename, fsync     points/catalog, points/
+//	the same          points/catalog.copy
+//
+// The catalog's rename lists the point. A deletion, a lock and the like are a change of the catalog alone. A purge
+// is one whose copy must be durable, too, before the point's file is removed, and that before anything is
+// collected. After a failure the catalog is written again as it was, then the file of a point that
+// was not committed is removed; until both succeed, nothing else is committed and nothing collected.
 //
 // A full segment is sealed in two steps: its records are synced, then its table of contents
 // and footer are written and synced. So a table of contents that is right vouches for the
@@ -150,6 +201,14 @@
 // unsealed until the next opening; collections pass it over.
 //
 // # Opening
+//
+// The newest of the two catalogs counts. A point file that it does not list and that
+// follows on its head (seq and prev) is a commit that was cut short after the file: it is whole,
+// and is listed as the commit would have, so the chain comes out the same. Any other is a file that
+// somebody put there, or back: it is no point, and is told of. A listed point whose file is missing, cannot
+// be read or has another hash is withheld and told of, and collections wait. If neither catalog can be read,
+// or there are points that are newer and do not follow on it, all points are listed; that the
+// catalog was lost is told, and deletions and collections wait, until a repair. Opening writes none of this: the next change does.
 //
 // A repository.json that is not that of the segments is refused: another id, another
 // repository key, or plain where they are encrypted.
@@ -190,9 +249,10 @@
 //	reading                         immutable         pins keep the     pins; a record    immutable
 //	                                                  disk's map        moves before it
 //	                                                                    goes; retry
-//	deletion                                          Repository.mu     points are        pins
-//	                                                                    listed once, at
-//	                                                                    the start
+//	deletion                                          Repository.mu     deleted points    pins
+//	                                                                    are kept until a
+//	                                                                    collection has
+//	                                                                    purged them
 //	collection                                                          refused:          pins; rounds
 //	                                                                    ErrCollecting
 //	verification                                                                          both read
@@ -204,11 +264,21 @@
 // chunk there does not count, and it is stored anew.
 //
 // Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
-// segmentSet.mu, segment.opening, cache.mu, chunkCache.mu. prefetcher.mu is taken
+// segmentSet.mu, segment.opening, cache.mu, chunkCache.mu; the clock's comes last. prefetcher.mu is taken
 // by itself, and so is Repository.configMu, by changes of keys. A claim is waited for with no lock held.
 //
 // A verification reads past the caches. What a collection moves before it was read is found, by
 // another walk over the trees, at its new place.
+//
+// A commit, deletion, undeletion, lock or purge holds Repository.mu while it writes the catalog. A collection purges
+// first and then keeps what all listed points need, the deleted ones among them.
+//
+// # Time
+//
+// Locks, and the time for which deleted points are kept, are measured with the repository's own clock
+// (package steady): it began with the wall clock at creation, counts with the kernel's CLOCK_BOOTTIME,
+// and never runs ahead of the time that really passed. From one boot to the next it goes on from where it was written down
+// last: with each change, and when the repository is closed while something waits for it.
 //
 // # Immutable files
 //
@@ -223,9 +293,10 @@
 //
 // # Limits
 //
-// Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks.
+// Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks. The catalog holds about
+// 300,000 points. Locks last up to 100 years, deleted points are kept up to 10.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
-// stored bytes), the points, one bit a chunk for each session and collection and two for a verification,
+// stored bytes), the points (about 2 KiB each and their saved configuration), one bit a chunk for each session and collection and two for a verification,
 // and 32 bytes for each chunk that is known to be damaged. A verification lists up to 10,000 places and
 // knows the reasons of up to 100,000 bad chunks; it counts the others, which are stored anew all the same.
 // BadgerDB takes up to about 200 MiB; decoded chunks and nodes take Options.CacheSize, an eighth of the memory
