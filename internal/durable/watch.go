@@ -269,7 +269,7 @@ func (f watchedFS) open(act Act, name string, open func(string) (File, error)) (
 	return &watchedFile{file, f.w, name}, nil
 }
 
-func (f watchedFS) Open(name string) (File, error) { return f.open(Opening, name, f.fs.Open) }
+func (f watchedFS) Open(name string) (File, error)      { return f.open(Opening, name, f.fs.Open) }
 func (f watchedFS) OpenWrite(name string) (File, error) { return f.open(Opening, name, f.fs.OpenWrite) }
 
 func (f watchedFS) Create(name string) (File, error) { return f.open(Changing, name, f.fs.Create) }
