@@ -1,6 +1,7 @@
 package blockstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -123,25 +124,22 @@ func (r *Repository) damagedIDs() []ID {
 }
 
 // wrong says why a segment is to be replaced; "" if it is not.
-func (p *repair) wrong(ctx context.Context, seg *segment, live bool, damaged int) (string, error) {
+func (p *repair) wrong(ctx context.Context, seg *segment, live bool, damaged int) (reason string, err error) {
 	if !live {
 		return "it could not be read when the repository was opened", nil
 	}
 	v := &verification{r: p.r}
 	header, contents, err := v.envelope(ctx, seg)
-	switch {
-	case errors.Is(err, errGone):
+	if errors.Is(err, errGone) {
 		return "", nil
-	case err != nil:
-		return "", err
-	case contents != nil:
-		return contents.Error(), nil
-	case header != nil:
-		return header.Error(), nil
-	case damaged > 0:
-		return fmt.Sprintf("%d of its records are damaged", damaged), nil
 	}
-	return "", nil
+	if err == nil && damaged > 0 {
+		reason = fmt.Sprintf("%d of its records are damaged", damaged)
+	}
+	if around := cmp.Or(contents, header); around != nil {
+		reason = around.Error()
+	}
+	return reason, err
 }
 
 // salvage is a segment that is being replaced.

@@ -196,16 +196,16 @@ func spoil(t *testing.T, dir string, kind byte, n int) {
 // old point is whole again, though the bad record is still there. Damage to another disk changes nothing.
 func TestHealModes(t *testing.T) {
 	t.Parallel()
-	disk := make([]byte, 130*mib) // three leaves
+	disk := make([]byte, 34*mib) // three leaves
 	fill(disk, rand.New(rand.NewPCG(7, 8)), 0, 2*mib)
-	fill(disk, rand.New(rand.NewPCG(9, 8)), 70*mib, mib)
-	fill(disk, rand.New(rand.NewPCG(9, 9)), 129*mib, mib)
+	fill(disk, rand.New(rand.NewPCG(9, 8)), 17*mib, mib)
+	fill(disk, rand.New(rand.NewPCG(9, 9)), 33*mib, mib)
 	for _, damage := range []struct {
 		name string
 		kind byte
 		n    int
 		most int64 // bytes that an incremental backup reads if the damage is known
-	}{{"chunk", 1, 5, 128 << 10}, {"leaf", 2, 0, 64 * mib}, {"root", 2, -1, 130 * mib}} {
+	}{{"chunk", 1, 5, 128 << 10}, {"leaf", 2, 0, 16 * mib}, {"root", 2, -1, 34 * mib}} {
 		for _, mode := range []ingest.Mode{ingest.Scan, ingest.Incremental} {
 			for _, known := range []bool{true, false} {
 				if !known && (damage.kind == 1 || damage.name == "leaf" && mode == ingest.Incremental) {
@@ -213,7 +213,7 @@ func TestHealModes(t *testing.T) {
 				}
 				name := fmt.Sprintf("%s, %s, known %v", damage.name, mode, known)
 				dir := t.TempDir()
-				if err := blockstore.Create(dir, blockstore.CreateOptions{}); err != nil {
+				if err := blockstore.Create(dir, blockstore.CreateOptions{ChunkSize: 16 << 10}); err != nil {
 					t.Fatal(err)
 				}
 				use := func(fn func(r *blockstore.Repository)) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -181,7 +182,7 @@ func TestResults(t *testing.T) {
 		{[]string{"point", "diff", points[0], points[1]}, "vda", []string{"disks"}},
 		{[]string{"point", "delete", "db@latest"}, "deleted ", []string{"deleted"}},
 		{[]string{"restore", "image", points[1], "--to", filepath.Join(folder, "%.qcow2")}, "qcow2", []string{"point", "vm", "disk", "file", "format", "size_bytes"}},
-		{[]string{"repo", "stats"}, "64 KiB", []string{"points", "logical_bytes", "unique_bytes", "stored_bytes", "chunks", "segments", "chunk_size", "encrypted"}},
+		{[]string{"repo", "stats"}, "64 KiB", []string{"points", "logical_bytes", "unique_bytes", "stored_bytes", "chunks", "segments", "chunk_size", "encrypted", "deleted_points", "delete_quarantine_seconds", "head"}},
 		{[]string{"repo", "verify"}, "all good", []string{"began", "resumed", "checked_chunks", "checked_bytes", "damaged_chunks", "errors"}},
 		{[]string{"repo", "repair"}, "nothing to repair", []string{"actions", "applied", "lost_chunks"}},
 		{[]string{"repo", "gc", "--dry-run"}, "would free", []string{"live_chunks", "dead_chunks", "dead_bytes", "freed_bytes", "immutable_bytes"}},
@@ -248,6 +249,65 @@ func TestVerifyDamage(t *testing.T) {
 	decode(t, got.stdout, &r)
 	if got.code != exitFailed || len(r.Errors) == 0 || !slices.Contains(points, r.Errors[0].Point) || strings.Count(got.stderr, "\n") != 1 {
 		t.Errorf("got %+v, want exit status %d, a damaged point and one line of error", got, exitFailed)
+	}
+}
+
+// TestRepair repairs a damaged repository: first it only tells, then it does it, keeps what it replaced
+// and puts it back.
+func TestRepair(t *testing.T) {
+	t.Parallel()
+	data, image, points := newRepo(t)
+	at := func(args ...string) []string { return append([]string{"--data", data, "--quiet", "--json"}, args...) }
+	segments, err := filepath.Glob(filepath.Join(data, "segments", "*"))
+	if err != nil || len(segments) == 0 {
+		t.Fatal(segments, err)
+	}
+	content, err := os.ReadFile(segments[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	content[100] ^= 1 // the first record
+	if err := os.WriteFile(segments[0], content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := holdfast(t.Context(), at("repo", "verify", "--point", points[0], "--rate", "1GiB")...); got.code != exitFailed {
+		t.Errorf("verify: got %+v, want exit status %d", got, exitFailed)
+	}
+	var r struct {
+		Actions []struct {
+			Kind, File, Reason, Action, Point string
+			Done                              bool
+		}
+		Applied    bool
+		Quarantine string
+		LostChunks int `json:"lost_chunks"`
+	}
+	for _, apply := range []bool{false, true} {
+		args := at("repo", "repair", fmt.Sprintf("--apply=%v", apply))
+		got := holdfast(t.Context(), args...)
+		decode(t, got.stdout, &r)
+		if got.code != exitFailed || r.Applied != apply || r.LostChunks != 1 || len(r.Actions) < 2 || r.Actions[0].Done != apply || (r.Quarantine != "") != apply {
+			t.Errorf("repair, apply %v: got %+v, want a segment that is replaced and a chunk that is lost", apply, got)
+		}
+	}
+	if err := os.WriteFile(image, bytes.Repeat([]byte("monday"), 128*1024), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ok(t, at("backup", "image", image, "--vm", "web", "--format", "raw")...)
+	ok(t, at("repo", "repair", "--apply")...)
+	ok(t, at("repo", "verify")...)
+	var list []struct {
+		Stamp string
+		Files []string
+	}
+	decode(t, ok(t, at("repo", "quarantine", "list")...), &list)
+	if len(list) != 1 || list[0].Stamp != r.Quarantine || len(list[0].Files) != 1 {
+		t.Fatalf("got %+v, want one file in %s", list, r.Quarantine)
+	}
+	ok(t, at("repo", "quarantine", "restore", r.Quarantine)...)
+	ok(t, at("repo", "verify")...)
+	if got := ok(t, at("repo", "quarantine", "list")...); got != "[]\n" {
+		t.Errorf("got %q, want nothing left in quarantine", got)
 	}
 }
 
