@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // write makes a file with the content and returns its path.
@@ -195,14 +197,32 @@ func TestFullDisk(t *testing.T) {
 		r.intact(t, first.Point, source)
 		r.intact(t, last.Point, second)
 	}
+	other := fill(t, dir, 20*miB)
 	r.ok("point", "delete", first.Point)
 	if got := decode[gcResult](t, r.ok("repo", "gc", "--json")); got.FreedBytes <= 0 {
 		t.Errorf("gc on the full disk: got %+v, want bytes freed", got)
 	}
 	r.intact(t, last.Point, second)
+	if err := os.Truncate(other, 0); err != nil {
+		t.Fatal(err)
+	}
 	again := noiseDisk(t, 24*miB, 68)
 	r.intact(t, r.backup(again).Point, again)
 	r.verified()
+}
+
+// fill leaves room for so many bytes in a file system, and returns the file that has the rest.
+func fill(t *testing.T, dir string, left int64) string {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "other")
+	if err := os.WriteFile(path, make([]byte, max(0, int64(st.Bavail)*st.Bsize-left)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // TestSecondProcess finds the repository in use: the error names who has it.
