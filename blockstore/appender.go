@@ -234,7 +234,7 @@ func (a *appender) seal(w *writing) error {
 	// The segment is durable here. Stopped now, the next opening finds it
 	// without summary and enters it.
 	sum := summarize(w.seg.generation, w.entries, w.size+int64(len(tail)))
-	if err := a.r.enter(w.seg, w.entries[w.indexed:], w.indexed, &sum); err != nil {
+	if err := a.enter(w, w.entries[w.indexed:], &sum); err != nil {
 		return err
 	}
 	set := a.r.segments
@@ -311,7 +311,24 @@ func (a *appender) commit(w *writing, entries []tocEntry, size int64) error {
 	// Stopped now, the next opening reads the unsealed segment and enters the
 	// records. They stay, even if entering them fails: the index may have some of
 	// them then.
-	return a.r.enter(w.seg, entries, w.indexed, nil)
+	return a.enter(w, entries, nil)
+}
+
+// enter makes records known to the index, and with a summary the segment. What was
+// damaged of them is healed. a.flushing is held.
+func (a *appender) enter(w *writing, entries []tocEntry, sum *summary) error {
+	if err := a.r.enter(w.seg, entries, w.indexed, sum); err != nil {
+		return err
+	}
+	if !a.r.AnyDamaged() {
+		return nil
+	}
+	ids := make([]ID, len(entries))
+	for i, e := range entries {
+		ids[i] = e.ID
+	}
+	a.r.damaged.remove(ids)
+	return nil
 }
 
 // harden makes the first size bytes of a segment durable, and its name. a.flushing is held.

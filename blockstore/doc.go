@@ -21,6 +21,7 @@
 //	points/catalog.copy   the same, written after it
 //	points/clock          where the clock that locks are measured with stood at a Close
 //	index/                BadgerDB: id → place. A cache of the segments
+//	damaged               the ids whose records are known to be bad
 //	quarantine/TIME/…     what a repair replaced, each file under the path that it had
 //
 // Segments, points and the catalog are the truth; without index/, or with one that it cannot trust, the next
@@ -265,7 +266,8 @@
 //
 // Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
 // segmentSet.mu, segment.opening, cache.mu, chunkCache.mu; the clock's comes last. prefetcher.mu is taken
-// by itself, and so is Repository.configMu, by changes of keys. A claim is waited for with no lock held.
+// by itself, and so is Repository.configMu, by changes of keys; of the damaged chunks, saving before mu, which
+// others may be held over. A claim is waited for with no lock held.
 //
 // A verification reads past the caches. What a collection moves before it was read is found, by
 // another walk over the trees, at its new place.

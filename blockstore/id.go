@@ -1,6 +1,7 @@
 package blockstore
 
 import (
+	"bytes"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -19,6 +20,8 @@ type ID [IDSize]byte
 
 // IsNull reports whether the id stands for zeros.
 func (id ID) IsNull() bool { return id == ID{} }
+
+func compareIDs(a, b ID) int { return bytes.Compare(a[:], b[:]) }
 
 // String returns the id in hexadecimal.
 func (id ID) String() string { return hex.EncodeToString(id[:]) }

@@ -91,15 +91,12 @@ func decodeSummary(b []byte) (summary, error) {
 // are told apart by their length.
 const (
 	segmentPrefix = "segment:" // and the segment's number, big-endian: a summary
-	damagedPrefix = "damaged:" // and an id: a chunk whose record is known to be bad
 	verifyKey     = "verify"   // when a verification of everything began that has not ended
 )
 
 func segmentKey(number uint64) []byte {
 	return binary.BigEndian.AppendUint64([]byte(segmentPrefix), number)
 }
-
-func damagedKey(id ID) []byte { return append([]byte(damagedPrefix), id[:]...) }
 
 // indexMemory is the size of BadgerDB's table in memory, bytes; up to three of
 // them exist. It holds about half a million chunks between two flushes.
@@ -307,8 +304,6 @@ func (w indexWrite) put(entries []entry) error {
 }
 
 func (w indexWrite) remove(id ID) error           { return w.b.Delete(slices.Clone(id[:])) }
-func (w indexWrite) clearDamaged(id ID) error     { return w.b.Delete(damagedKey(id)) }
-func (w indexWrite) setDamaged(id ID) error       { return w.b.Set(damagedKey(id), nil) }
 func (w indexWrite) removeSummary(n uint64) error { return w.b.Delete(segmentKey(n)) }
 func (w indexWrite) putSummary(n uint64, s summary) error {
 	return w.b.Set(segmentKey(n), s.encode())
@@ -343,16 +338,6 @@ func (x *index) summaries() (map[uint64]summary, error) {
 			return err
 		}
 		out[binary.BigEndian.Uint64(key[len(segmentPrefix):])] = s
-		return nil
-	})
-	return out, err
-}
-
-// damaged returns the chunks that are known to be bad.
-func (x *index) damaged() (map[ID]struct{}, error) {
-	out := map[ID]struct{}{}
-	err := x.scan(damagedPrefix, len(damagedPrefix)+IDSize, func(key, _ []byte) error {
-		out[ID(key[len(damagedPrefix):])] = struct{}{}
 		return nil
 	})
 	return out, err

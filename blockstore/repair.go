@@ -136,7 +136,7 @@ func (p *repair) lost(ctx context.Context) error {
 	if err := v.flushLost(); err != nil {
 		return err
 	}
-	for _, id := range p.r.damagedIDs() {
+	for _, id := range p.r.damaged.list() {
 		if _, known := v.bad[id]; !known && len(v.bad) < maxBadRecords {
 			v.bad[id] = badRecord{reason: "no good record of it is in any segment"}
 		}

@@ -100,7 +100,7 @@ func (s *segmentSet) lookup(number, generation uint64) (seg *segment, live, busy
 // damagedIn counts the records that are known to be bad, by segment.
 func (p *repair) damagedIn() (map[uint64]int, error) {
 	out := map[uint64]int{}
-	for _, id := range p.r.damagedIDs() {
+	for _, id := range p.r.damaged.list() {
 		loc, ok, err := p.r.index.get(id)
 		if err != nil {
 			return nil, err
@@ -110,17 +110,6 @@ func (p *repair) damagedIn() (map[uint64]int, error) {
 		}
 	}
 	return out, nil
-}
-
-// damagedIDs returns the chunks and nodes that are known to be bad.
-func (r *Repository) damagedIDs() []ID {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := make([]ID, 0, len(r.damaged))
-	for id := range r.damaged {
-		out = append(out, id)
-	}
-	return out
 }
 
 // wrong says why a segment is to be replaced; "" if it is not.
@@ -332,7 +321,7 @@ func (p *repair) replace(s *salvage, live bool, file string) error {
 func (p *repair) lostIDs(s *salvage) ([]ID, error) {
 	ids := s.bad
 	if s.file.file == nil {
-		ids = p.r.damagedIDs()
+		ids = p.r.damaged.list()
 	}
 	var lost []ID
 	for _, id := range ids {

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"filippo.io/age"
@@ -102,6 +101,7 @@ type Repository struct {
 	nodes    *cache
 	chunks   *chunkCache
 	ahead    *prefetcher
+	damaged  damagedSet
 	buffers  sync.Pool // of *[]byte, for records
 	unlock   func()
 
@@ -119,10 +119,7 @@ type Repository struct {
 
 	mu sync.Mutex // guards the fields below; taken before segmentSet.mu
 	pointSet
-	pins    map[Map]int     // maps that readers or sessions rest on
-	damaged map[ID]struct{} // chunks and nodes whose records are known to be bad
-
-	damagedCount atomic.Int64 // of damaged, to be read without mu
+	pins map[Map]int // maps that readers or sessions rest on
 }
 
 // Open opens the repository in dir and recovers what a crash left. One process
@@ -184,10 +181,9 @@ func openRepository(ctx context.Context, dir string, o Options, progress func(do
 	if r.index, err = openIndex(filepath.Join(dir, indexDir), hex.EncodeToString(r.segments.repoID[:]), o, r.log); err != nil {
 		return nil, err
 	}
-	if r.damaged, err = r.index.damaged(); err != nil {
+	if err := r.loadDamaged(); err != nil {
 		return nil, err
 	}
-	r.damagedCount.Store(int64(len(r.damaged)))
 	if err := r.loadSegments(ctx, progress); err != nil {
 		return nil, err
 	}
@@ -209,7 +205,7 @@ func (r *Repository) syncNames() error {
 // Close makes durable what was stored and closes the repository. No call may be
 // under way, no disk open.
 func (r *Repository) Close() error {
-	err := errors.Join(r.appender.close(), r.keepTime())
+	err := errors.Join(r.appender.close(), r.saveDamaged(), r.keepTime())
 	return errors.Join(err, r.release())
 }
 
@@ -388,18 +384,7 @@ func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *sum
 			Off: e.Off, Stored: e.Stored, Ordinal: uint32(first + i),
 		}})
 	}
-	healed := r.healed(entries)
-	err := r.index.write(func(w indexWrite) error {
-		if err := w.put(entries); err != nil {
-			return err
-		}
-		for _, id := range healed {
-			if err := w.clearDamaged(id); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	err := r.index.write(func(w indexWrite) error { return w.put(entries) })
 	if err == nil && sum != nil {
 		// Only what is entered may be called entered: what a kill leaves of the index is its
 		// state at an earlier moment.
@@ -408,90 +393,7 @@ func (r *Repository) enter(seg *segment, records []tocEntry, first int, sum *sum
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	for _, id := range healed {
-		delete(r.damaged, id)
-	}
-	r.damagedCount.Store(int64(len(r.damaged)))
-	r.mu.Unlock()
 	r.claims.release(entries)
-	return nil
-}
-
-// healed returns the damaged chunks that have a new record among entries.
-func (r *Repository) healed(entries []entry) []ID {
-	if !r.AnyDamaged() {
-		return nil
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var out []ID
-	for _, e := range entries {
-		if _, bad := r.damaged[e.id]; bad {
-			out = append(out, e.id)
-		}
-	}
-	return out
-}
-
-// Damaged reports whether a chunk or node is known to be bad, so that content
-// with this id must be stored anew.
-func (r *Repository) Damaged(id ID) bool {
-	if !r.AnyDamaged() {
-		return false
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, bad := r.damaged[id]
-	return bad
-}
-
-// AnyDamaged reports whether any chunk or node is known to be bad.
-func (r *Repository) AnyDamaged() bool { return r.damagedCount.Load() > 0 }
-
-// markDamaged remembers chunks whose records are bad.
-func (r *Repository) markDamaged(ids []ID) error {
-	if len(ids) == 0 {
-		return nil
-	}
-	err := r.index.write(func(w indexWrite) error {
-		for _, id := range ids {
-			if err := w.setDamaged(id); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, id := range ids {
-		r.damaged[id] = struct{}{}
-		r.nodes.drop(id)
-		r.chunks.drop(id)
-	}
-	r.damagedCount.Store(int64(len(r.damaged)))
-	return err
-}
-
-// clearDamaged forgets that records are bad: they were found good.
-func (r *Repository) clearDamaged(ids []ID) error {
-	err := r.index.write(func(w indexWrite) error {
-		for _, id := range ids {
-			if err := w.clearDamaged(id); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, id := range ids {
-		delete(r.damaged, id)
-	}
-	r.damagedCount.Store(int64(len(r.damaged)))
 	return nil
 }
 

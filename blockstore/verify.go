@@ -420,7 +420,7 @@ func (v *verification) readOne(ctx context.Context, id ID) error {
 	case err != nil:
 		return err
 	case v.r.Damaged(id):
-		err = v.r.clearDamaged([]ID{id})
+		v.r.damaged.remove([]ID{id})
 	}
 	v.count(int64(v.r.chunkSize))
 	if errors.Is(err, ErrDamaged) {

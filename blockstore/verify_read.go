@@ -187,11 +187,9 @@ func (v *verification) segment(ctx context.Context, seg *segment, size, want int
 	_ = opened.file.DropCache() // others may have better use for the memory
 	// What is bad is remembered before the segment counts as verified.
 	if len(bad) > 0 {
-		err = errors.Join(err, v.r.markDamaged(bad))
+		err = errors.Join(err, v.r.markDamaged(bad), v.r.saveDamaged())
 	}
-	if len(good) > 0 {
-		err = errors.Join(err, v.r.clearDamaged(good))
-	}
+	v.r.damaged.remove(good)
 	if err != nil {
 		return err
 	}
@@ -368,7 +366,7 @@ func (r *Repository) pointTo(id ID, loc location) (bool, error) {
 	}
 	err := r.index.write(func(w indexWrite) error { return w.put([]entry{{id, loc}}) })
 	if err == nil {
-		err = r.clearDamaged([]ID{id})
+		r.damaged.remove([]ID{id})
 	}
 	return err == nil, err
 }
