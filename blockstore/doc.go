@@ -242,27 +242,64 @@
 // # Concurrency
 //
 // Everything but Close may be called at any time, from many goroutines. One process has a
-// repository open at a time. Who may run with whom, and what makes it safe:
+// repository open at a time; Open and RebuildIndex refuse others with a [LockedError]. Who may run
+// with whom, and what makes it safe:
 //
-//	             backup             reading           deletion          collection        verification
-//	backup       claims: a chunk    immutable         pins keep the     marks of the      immutable
-//	             is stored once     records           base's map        session
-//	reading                         immutable         pins keep the     pins; a record    immutable
-//	                                                  disk's map        moves before it
-//	                                                                    goes; retry
-//	deletion                                          Repository.mu     deleted points    pins
-//	                                                                    are kept until a
-//	                                                                    collection has
-//	                                                                    purged them
-//	collection                                                          refused:          pins; rounds
-//	                                                                    ErrCollecting
-//	verification                                                                          both read
+//	              backup      reading    deletion   collection  verification  repair     keys
+//	backup        1 claims    immutable  2 pins     3 marks     immutable     3 marks    4 apart
+//	reading                   immutable  2 pins     2 pins      immutable     5 moves    4 apart
+//	deletion                             6 mu       7 listing   2 pins        6 mu       4 apart
+//	collection                                      8 refused   2 pins        8 refused  4 apart
+//	verification                                                both read     5 moves    4 apart
+//	repair                                                                    8 refused  4 apart
+//	keys                                                                                 9 configMu
 //
-// A collection takes a record only if no listed point, no pinned map and no session
-// needs it. A session's marks name every record that it stored or found stored, from its
-// beginning, and outlive it while a collection runs. A segment that is being collected
-// is condemned first, under the lock that marks are set under: from then on finding a
-// chunk there does not count, and it is stored anew.
+// The numbers:
+//
+//  1. A chunk that is being stored is claimed: another backup waits and shares it.
+//  2. A pinned map is needed like a listed point's: an open disk reads on, a base is built upon and
+//     a verification reads, though the point is deleted and purged.
+//  3. A session's marks name every record that it stored or found stored, from its beginning, and
+//     outlive it while a collection runs. A segment that is to go is condemned first, under the lock that
+//     marks are set under: from then on finding a chunk there does not count, and it is stored anew.
+//  4. Changes of keys write repository.json, and nothing else does once it is made.
+//  5. A record is elsewhere, durably and in the index, before its segment goes. Who finds it gone
+//     looks into the index again; who has the segment's file open reads on.
+//  6. Points change under Repository.mu: deletion, undelete, locks, purge and Commit one after the other.
+//  7. A collection purges first what is due. Then it lists the points once, those deleted and not
+//     purged among them, so that an undelete finds all its chunks; what is deleted later is left to
+//     the next. A point listed later rests on a session's marks.
+//  8. One collection or repair at a time: ErrCollecting.
+//  9. By themselves, under Repository.configMu.
+//
+// Reading is a restore, an export or a mount. RebuildIndex runs with nothing: it needs the lock of the
+// repository.
+//
+// # Collection
+//
+// A collection takes a record only if no listed point, no point that can be undeleted, no pinned map
+// and no session needs it:
+//
+//	mark        walk all maps; find what they name in the tables of contents: a bit a record
+//	sweep       condemn a segment, copy out what is needed, make the copies durable
+//	quarantine  take it out of the index and the live set; its file stays
+//	confirm     walk all maps anew, and what the sessions put, and compare with the ids in quarantine
+//	remove      unlink the files, fsync segments/
+//
+// The confirmation does not rest on the marks: it asks of every id that is named and lies in quarantine
+// whether a segment that is live has it. If one has not, the program is wrong somewhere:
+// the segments come back into the live set and the index, nothing is lost, and the collection fails with
+// an internal error. It is run for all segments at once, as far as a quarantine of 4 Mi records
+// (or a 64th of all, if that is more) reaches, and earlier where space is short. Segments whose tables of contents are
+// damaged are passed over; a repair deals with them.
+//
+// A collection may be stopped at any moment, and loses the marking: what is in quarantine comes back
+// as it ends, or, after a crash, at the next opening, and is found dead by the next collection. Of records
+// that were copied out the copies count; after a crash those of one quarantine may be copied once more.
+//
+// Beside sessions it works a fifth of the time, in slices of some milliseconds, and holds no lock or claim
+// while it rests. A thread of a lower priority would keep a lock, or the garbage collector of the runtime,
+// waiting while others run.
 //
 // Lock order: appender.flushing, Repository.mu, appender.mu, claims.mu,
 // segmentSet.mu, segment.opening, cache.mu, chunkCache.mu; the clock's comes last. prefetcher.mu is taken
@@ -298,7 +335,9 @@
 // Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks. The catalog holds about
 // 300,000 points. Locks last up to 100 years, deleted points are kept up to 10.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
-// stored bytes), the points (about 2 KiB each and their saved configuration), one bit a chunk for each session and collection and two for a verification,
+// stored bytes), the points, one bit a chunk for each session and collection and two for a verification, 50 bytes a map
+// node that a collection walks or a session puts, the ids of the chunks that a session has put and no node lists,
+// at most 64 MiB to mark and 32 MiB (a bit a chunk, if that is more) for the quarantine,
 // and 32 bytes for each chunk that is known to be damaged. A verification lists up to 10,000 places and
 // knows the reasons of up to 100,000 bad chunks; it counts the others, which are stored anew all the same.
 // BadgerDB takes up to about 200 MiB; decoded chunks and nodes take Options.CacheSize, an eighth of the memory

@@ -1,10 +1,13 @@
 package blockstore
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"testing"
@@ -33,8 +36,9 @@ func modelSeed(t *testing.T) (seed uint64, length time.Duration) {
 
 // model is what a repository should hold.
 type model struct {
-	mu     sync.Mutex
-	points map[PointID]content
+	mu      sync.Mutex
+	points  map[PointID]content
+	deleted map[PointID]content // that can be undeleted
 }
 
 func (m *model) put(id PointID, c content) {
@@ -65,10 +69,10 @@ func TestModel(t *testing.T) {
 			t.Parallel()
 			dir := create(t, CreateOptions{Passphrase: passphrase})
 			o := Options{Passphrase: passphrase, SegmentSize: 512 << 10, CacheSize: 1 << 20}
-			m := &model{points: map[PointID]content{}}
+			m := &model{points: map[PointID]content{}, deleted: map[PointID]content{}}
 			for round := range uint64(2) {
 				r := open(t, dir, o)
-				runModel(t, r, m, seed+round, length/2)
+				runModel(t, r, dir, m, seed+round, length/2)
 				for id, c := range m.points {
 					checkDisk(t, r, id, c)
 				}
@@ -78,6 +82,12 @@ func TestModel(t *testing.T) {
 			r := open(t, dir, o)
 			if got := len(r.Points()); got != len(m.points) {
 				t.Errorf("got %d points, want %d", got, len(m.points))
+			}
+			for id, c := range m.deleted {
+				if err := r.UndeletePoint(id); err != nil {
+					t.Errorf("undelete: %v", err)
+				}
+				m.points[id] = c
 			}
 			for id, c := range m.points {
 				checkDisk(t, r, id, c)
@@ -94,7 +104,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-func runModel(t *testing.T, r *Repository, m *model, seed uint64, length time.Duration) {
+func runModel(t *testing.T, r *Repository, dir string, m *model, seed uint64, length time.Duration) {
 	end := time.Now().Add(length)
 	var wg sync.WaitGroup
 	actor := func(n uint64, act func(rng *rand.Rand) error) {
@@ -111,12 +121,24 @@ func runModel(t *testing.T, r *Repository, m *model, seed uint64, length time.Du
 		actor(n, func(rng *rand.Rand) error { return modelBackup(t, r, m, fmt.Sprint("vm", n), rng) })
 	}
 	actor(10, func(rng *rand.Rand) error { return modelDelete(r, m, rng) })
-	actor(11, func(*rand.Rand) error {
-		_, err := r.Collect(t.Context(), CollectOptions{})
+	actor(11, func(rng *rand.Rand) error {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		steps := 1 + rng.IntN(2000)
+		_, err := r.Collect(watchedContext{ctx, func() {
+			if steps--; steps == 0 {
+				cancel()
+			}
+		}}, CollectOptions{})
+		if errors.Is(err, context.Canceled) || errors.Is(err, ErrCollecting) {
+			return nil // interrupted, or a copy is being made
+		}
 		return err
 	})
-	actor(12, func(*rand.Rand) error {
-		v, err := r.Verify(t.Context(), VerifyOptions{})
+	actor(14, func(rng *rand.Rand) error { return modelDiff(t, r, m, rng) })
+	actor(15, func(*rand.Rand) error { return modelCopy(t, r, dir, m) })
+	actor(12, func(rng *rand.Rand) error {
+		v, err := r.Verify(t.Context(), VerifyOptions{Percent: float64(1 + rng.IntN(100))})
 		if err == nil && len(v.Errors) > 0 {
 			err = fmt.Errorf("verify: %+v", v.Errors[0])
 		}
@@ -204,8 +226,8 @@ func modelDelete(r *Repository, m *model, rng *rand.Rand) error {
 		time.Sleep(10 * time.Millisecond)
 		return nil
 	}
-	if len(c) == 0 {
-		return r.DeletePoint(id)
+	if rng.IntN(4) == 0 {
+		return modelUndelete(r, m, id, c, rng)
 	}
 	d, err := r.OpenDisk(id, "vda", DiskOptions{Whole: rng.IntN(2) == 0})
 	if err != nil {
@@ -229,4 +251,129 @@ func modelDelete(r *Repository, m *model, rng *rand.Rand) error {
 		}
 	}
 	return nil
+}
+
+// modelUndelete deletes a point that is kept for a while, and brings it back at once or leaves it.
+func modelUndelete(r *Repository, m *model, id PointID, c content, rng *rand.Rand) error {
+	err := errors.Join(r.SetDeleteQuarantine(time.Hour), r.DeletePoint(id), r.SetDeleteQuarantine(0))
+	if err != nil {
+		return err
+	}
+	if rng.IntN(2) == 0 {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.deleted[id] = c
+		return nil
+	}
+	time.Sleep(time.Duration(rng.IntN(20)) * time.Millisecond)
+	if err := r.UndeletePoint(id); err != nil {
+		return err
+	}
+	m.put(id, c)
+	return nil
+}
+
+// modelDiff compares two points, which are kept from being deleted meanwhile by being open.
+func modelDiff(t *testing.T, r *Repository, m *model, rng *rand.Rand) error {
+	var disks []*Disk
+	var contents []content
+	m.mu.Lock()
+	for id, c := range m.points {
+		if len(disks) == 2 {
+			break
+		}
+		if d, err := r.OpenDisk(id, "vda", DiskOptions{}); err == nil {
+			disks, contents = append(disks, d), append(contents, c)
+			defer d.Close()
+		}
+	}
+	m.mu.Unlock()
+	if len(disks) < 2 {
+		time.Sleep(time.Duration(1+rng.IntN(10)) * time.Millisecond)
+		return nil
+	}
+	at := func(c content, i int64) uint32 {
+		if i < int64(len(c)) {
+			return c[i]
+		}
+		return 0
+	}
+	differs := map[int64]bool{}
+	for e, err := range r.Diff(t.Context(), disks[0].Map(), disks[1].Map(), 0, max(disks[0].Size(), disks[1].Size())) {
+		if err != nil {
+			return err
+		}
+		for i := e.Off / testChunk; i < (e.Off+e.Len+testChunk-1)/testChunk; i++ {
+			differs[i] = true
+		}
+	}
+	for i := range int64(max(len(contents[0]), len(contents[1]))) {
+		if want := at(contents[0], i) != at(contents[1], i); differs[i] != want {
+			return fmt.Errorf("diff of chunk %d: got %v, want %v", i, differs[i], want)
+		}
+	}
+	return nil
+}
+
+// modelCopy copies the folder without its index, file by file, while all goes on but collections, as a
+// backup of the backups does. The copy holds every point that was there all the time.
+func modelCopy(t *testing.T, r *Repository, dir string, m *model) error {
+	r.maintenance.Lock()
+	m.mu.Lock()
+	before := maps.Clone(m.points)
+	m.mu.Unlock()
+	to, err := os.MkdirTemp(filepath.Dir(dir), "copy-")
+	if err == nil {
+		defer os.RemoveAll(to)
+		err = copyLive(dir, to)
+	}
+	r.maintenance.Unlock()
+	if err != nil {
+		return err
+	}
+	o := Options{SegmentSize: 1 << 20, indexMemory: 1 << 20, Passphrase: "secret"}
+	if r.keys == nil {
+		o.Passphrase = ""
+	}
+	copied, err := Open(to, o)
+	if err != nil {
+		return fmt.Errorf("open a copy: %w", err)
+	}
+	m.mu.Lock()
+	maps.DeleteFunc(before, func(id PointID, _ content) bool { return m.points[id] == nil })
+	m.mu.Unlock()
+	for id, c := range before {
+		checkDisk(t, copied, id, c)
+	}
+	return copied.Close()
+}
+
+// copyLive copies a repository's folder without its index. Files may come and go.
+func copyLive(from, to string) error {
+	return filepath.WalkDir(from, func(path string, d os.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			if name == indexDir {
+				return filepath.SkipDir
+			}
+			return os.MkdirAll(filepath.Join(to, name), 0o700)
+		}
+		data, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(to, name), data, 0o600)
+	})
 }

@@ -152,7 +152,9 @@ func (p *program) repoGCCommand() *cobra.Command {
 		Use:   "gc",
 		Short: "Give back the space of what no point needs",
 		Long: `Give back the space of chunks that no restore point needs any more, such as after
-point delete. Deleted points whose time has passed are purged. It can be interrupted at any moment; the next run goes on.
+point delete. Deleted points whose time has passed are purged. Before files are removed, a
+second walk over all points confirms that nothing in them is missed. It can be interrupted
+at any moment: only the marking is lost, and the next run goes on.
 
 With --max-unused segments keep up to that share of dead bytes, which saves copying
 what else is in them.`,
