@@ -107,11 +107,12 @@ func (r *Repository) writeCatalog(next *catalog) error {
 	// The change is made here. The copy may stay behind: it only counts if the catalog is
 	// damaged, and of what it lacks the points' files tell the commits.
 	r.catalog, r.catalogUnsettled = next, false
-	if r.copyErr = durable.WriteFile(r.fs, filepath.Join(folder, catalogCopyFile), data); r.copyErr != nil {
+	r.copyErr = durable.WriteFile(r.fs, filepath.Join(folder, catalogCopyFile), data)
+	if r.copyErr == nil {
+		r.catalogErrs = nil
+	} else {
 		r.log.Error("the copy of the catalog cannot be written; the next change tries again", attrErr(r.copyErr))
-		return nil
 	}
-	r.catalogErrs = nil
 	return nil
 }
 
