@@ -364,6 +364,11 @@ func (w *walk) reported(t *testing.T, k faultKind, err error) {
 // losses has the power go away, with several outcomes.
 func (w *walk) losses(t *testing.T, m *machine, before map[string][]byte, rng *rand.Rand) {
 	losses := []faultfs.Loss{faultfs.LoseAll, faultfs.LoseNothing, faultfs.Loss(rng.Uint64()), faultfs.Loss(rng.Uint64())}
+	if w.bare { // few files: what one of them alone loses is found by more tries
+		for range 12 {
+			losses = append(losses, faultfs.Loss(rng.Uint64()))
+		}
+	}
 	if !extended() {
 		losses = []faultfs.Loss{losses[rng.IntN(len(losses))]}
 	}
