@@ -100,7 +100,7 @@ func TestProgress(t *testing.T) {
 	}
 	var plain bytes.Buffer
 	show(t, newConsole(&plain))
-	if got := plain.String(); strings.Count(got, "\n") != 3 || strings.ContainsAny(got, "\r\x1b") || !strings.HasSuffix(got, "20 of 25 segments, 80 %, 1/s, 5s left\ndone\n") {
+	if got := plain.String(); strings.Count(got, "\n") != 3 || strings.ContainsAny(got, "\r\x1b") || !strings.HasSuffix(got, "20 of 25 map nodes, 80 %, 1/s, 5s left\ndone\n") {
 		t.Errorf("plain: got %q, want a line after 10 and 20 seconds", got)
 	}
 	var terminal bytes.Buffer
@@ -108,7 +108,7 @@ func TestProgress(t *testing.T) {
 	c.width = func() int { return 20 }
 	show(t, c)
 	got := terminal.String()
-	if strings.Count(got, "\n") != 1 || !strings.HasSuffix(got, "\r\x1b[Kvda: 24 of 25 segme\r\x1b[Kdone\n") {
+	if strings.Count(got, "\n") != 1 || !strings.HasSuffix(got, "\r\x1b[Kvda: 24 of 25 map n\r\x1b[Kdone\n") {
 		t.Errorf("terminal: got %q, want one line that is cut at the width and cleared at the end", got)
 	}
 }
