@@ -2,7 +2,6 @@ package blockstore
 
 import (
 	"bufio"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/fb"
@@ -198,13 +198,19 @@ func checkBlock(b []byte) error {
 func checkTables(dir string, levels map[uint64]uint8, check func(r io.ReaderAt, size int64) (uint64, error)) ([]tableStamp, error) {
 	ids := slices.Sorted(maps.Keys(levels))
 	stamps := make([]tableStamp, len(ids))
-	g, ctx := errgroup.WithContext(context.Background())
+	var g errgroup.Group
 	g.SetLimit(indexCheckers)
+	var bad atomic.Bool // one is: the others need no reading
 	for i, id := range ids {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				return nil // another is bad
+		g.Go(func() (err error) {
+			if bad.Load() {
+				return nil
 			}
+			defer func() {
+				if err != nil {
+					bad.Store(true)
+				}
+			}()
 			f, err := os.Open(table.NewFilename(id, dir))
 			if err != nil {
 				return err

@@ -17,7 +17,6 @@ const maxMarking = 4 << 20
 type marking struct {
 	c         *collection
 	low, high uint64
-	limit     int // of needed, before it is sorted
 	needed    []uint64
 	walked    map[walkedNode]struct{}
 	places    []foundAt // of the records found, for each id in the set of those needed
