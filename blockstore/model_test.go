@@ -1,22 +1,35 @@
 package blockstore
 
 import (
-	"context"
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime/pprof"
+	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfast-backup/holdfast/image"
+	"github.com/holdfast-backup/holdfast/internal/durable"
+)
+
+const (
+	maxModelPoints = 40               // listed at once
+	modelKept      = time.Hour        // by the model's clock: how long points are locked, and deleted ones kept
+	modelStuck     = 10 * time.Minute // after the time that a round should take it is given up
 )
 
 // modelSeed and modelTime extend TestModel:
 //
-//	MODEL_TIME=10m MODEL_SEED=7 go test -run TestModel ./blockstore
+//	MODEL_TIME=1h MODEL_SEED=7 go test -run TestModel -timeout 0 ./blockstore
 func modelSeed(t *testing.T) (seed uint64, length time.Duration) {
 	t.Helper()
 	seed, length = rand.Uint64(), 3*time.Second
@@ -34,318 +47,381 @@ func modelSeed(t *testing.T) (seed uint64, length time.Duration) {
 	return seed, length
 }
 
-// model is what a repository should hold.
+// model is a repository, and what it should hold.
 type model struct {
-	mu      sync.Mutex
-	points  map[PointID]content
-	deleted map[PointID]content // that can be undeleted
+	t      *testing.T
+	parent string // of dir
+	dir    string
+	secret string // the passphrase that always opens the repository; "" if it is not encrypted
+	clock  modelClock
+
+	// Of this opening:
+	r      *Repository
+	fs     *flakyFS
+	faulty bool // changes fail
+	stop   atomic.Bool
+
+	mu      sync.Mutex // guards the fields below
+	points  map[PointID]*modelPoint
+	keys    map[string]*modelKey // by id, without the one for secret
+	removed string               // a passphrase that opens nothing any more
+	done    map[string]int       // how often what was done
 }
 
-func (m *model) put(id PointID, c content) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.points[id] = c
+// modelPoint is what is known of a point that was committed, or that somebody tried to. While busy,
+// it is changed by one goroutine.
+type modelPoint struct {
+	id     PointID
+	disks  []content
+	listed bool
+	// doubt: the last change of it failed. The next opening shows what became of it.
+	doubt    bool
+	busy     bool
+	versions int // how often it was busy
+
+	// By the clock's uptime:
+	lockFrom, lockTo time.Duration // its lock ends between these
+	keptUntil        time.Duration // unless listed: it can be undeleted at least until then
 }
 
-// take removes a random point and returns it.
-func (m *model) take() (PointID, content, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for id, c := range m.points {
-		delete(m.points, id)
-		return id, c, true
-	}
-	return "", nil, false
+type modelKey struct {
+	passphrase string
+	doubt      bool
 }
 
-// Backups, deletions, collections, reads and verifications run at the same time, on the
-// store and on a map; what the map holds is what the store gives back.
+// TestModel has backups, deletions, locks, collections, reads, verifications and changes of keys run at the
+// same time, on the store and on a map; the process is killed and the repository opened
+// again, and changes of the file system fail now and then. What was acknowledged is what the store
+// gives back.
 func TestModel(t *testing.T) {
 	t.Parallel()
 	seed, length := modelSeed(t)
-	t.Logf("seed %d", seed)
-	for _, passphrase := range []string{"", "secret"} {
-		t.Run("passphrase="+passphrase, func(t *testing.T) {
+	t.Logf("MODEL_SEED=%d", seed)
+	for i, secret := range []string{"", "secret"} {
+		t.Run("passphrase="+secret, func(t *testing.T) {
 			t.Parallel()
-			dir := create(t, CreateOptions{Passphrase: passphrase})
-			o := Options{Passphrase: passphrase, SegmentSize: 512 << 10, CacheSize: 1 << 20}
-			m := &model{points: map[PointID]content{}, deleted: map[PointID]content{}}
-			for round := range uint64(2) {
-				r := open(t, dir, o)
-				runModel(t, r, dir, m, seed+round, length/2)
-				for id, c := range m.points {
-					checkDisk(t, r, id, c)
-				}
-				checkSound(t, r)
-				closeOnce(t, r)
+			m := &model{
+				t: t, parent: memoryDir(t), secret: secret, points: map[PointID]*modelPoint{},
+				keys: map[string]*modelKey{}, done: map[string]int{},
 			}
-			r := open(t, dir, o)
-			if got := len(r.Points()); got != len(m.points) {
-				t.Errorf("got %d points, want %d", got, len(m.points))
+			m.dir = createIn(t, m.parent, CreateOptions{Passphrase: secret})
+			defer func() { t.Logf("MODEL_SEED=%d: %v", seed, m.done) }()
+			defer m.close()
+			rng := rand.New(rand.NewPCG(seed, uint64(i)))
+			for end := time.Now().Add(length); time.Now().Before(end) && !t.Failed(); {
+				m.round(rng, min(length/6, 2*time.Second)+time.Duration(rng.Int64N(int64(min(length/6, 12*time.Second)))))
 			}
-			for id, c := range m.deleted {
-				if err := r.UndeletePoint(id); err != nil {
-					t.Errorf("undelete: %v", err)
-				}
-				m.points[id] = c
-			}
-			for id, c := range m.points {
-				checkDisk(t, r, id, c)
-			}
-			if _, err := r.Collect(t.Context(), CollectOptions{}); err != nil {
-				t.Error(err)
-			}
-			again, err := r.Collect(t.Context(), CollectOptions{DryRun: true})
-			if err != nil || again.DeadChunks != 0 {
-				t.Errorf("after a collection: got %+v, %v, want nothing dead", again, err)
-			}
-			checkSound(t, r)
-		})
-	}
-}
-
-func runModel(t *testing.T, r *Repository, dir string, m *model, seed uint64, length time.Duration) {
-	end := time.Now().Add(length)
-	var wg sync.WaitGroup
-	actor := func(n uint64, act func(rng *rand.Rand) error) {
-		rng := rand.New(rand.NewPCG(seed, n))
-		wg.Go(func() {
-			for time.Now().Before(end) && !t.Failed() {
-				if err := act(rng); err != nil {
-					t.Error(err)
-				}
+			if !t.Failed() {
+				m.last()
 			}
 		})
 	}
-	for n := range uint64(3) {
-		actor(n, func(rng *rand.Rand) error { return modelBackup(t, r, m, fmt.Sprint("vm", n), rng) })
-	}
-	actor(10, func(rng *rand.Rand) error { return modelDelete(r, m, rng) })
-	actor(11, func(rng *rand.Rand) error {
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		steps := 1 + rng.IntN(2000)
-		_, err := r.Collect(watchedContext{ctx, func() {
-			if steps--; steps == 0 {
-				cancel()
-			}
-		}}, CollectOptions{})
-		if errors.Is(err, context.Canceled) || errors.Is(err, ErrCollecting) {
-			return nil // interrupted, or a copy is being made
-		}
-		return err
-	})
-	actor(14, func(rng *rand.Rand) error { return modelDiff(t, r, m, rng) })
-	actor(15, func(*rand.Rand) error { return modelCopy(t, r, dir, m) })
-	actor(12, func(rng *rand.Rand) error {
-		v, err := r.Verify(t.Context(), VerifyOptions{Percent: float64(1 + rng.IntN(100))})
-		if err == nil && len(v.Errors) > 0 {
-			err = fmt.Errorf("verify: %+v", v.Errors[0])
-		}
-		return err
-	})
-	actor(13, func(*rand.Rand) error {
-		r.Stats()
-		time.Sleep(20 * time.Millisecond)
-		return r.appender.finish() // seals, in the middle of everything
-	})
-	wg.Wait()
 }
 
-// modelBackup stores a new disk, or one built upon the VM's last point, and
-// sometimes gives up.
-func modelBackup(t *testing.T, r *Repository, m *model, vm string, rng *rand.Rand) error {
-	s := r.Begin()
-	defer s.Close()
-	base, since := s.Base(vm, "vda")
-	p := Point{ID: NewPointID(), VM: vm, Time: time.Now()}
-	var c content
-	if since != "" && rng.IntN(2) == 0 {
-		m.mu.Lock()
-		was := m.points[since]
-		m.mu.Unlock()
-		if was == nil {
-			return nil // deleted, or about to be
-		}
-		c = append(content{}, was...)
-		index := rng.IntN(len(c)/Fanout + 1)
-		leaf, err := r.Leaf(base, int64(index))
-		if err != nil {
-			return err
-		}
-		var children [Fanout]ID
-		for i := index * Fanout; i < min(len(c), (index+1)*Fanout); i++ {
-			if leaf != nil {
-				children[i%Fanout] = leaf.Child(i % Fanout)
-			}
-			if rng.IntN(50) == 0 {
-				c[i] = 1 + rng.Uint32N(300)
-				chunk := chunkOf(c[i])
-				children[i%Fanout] = r.ID(chunk)
-				if _, err := s.Put(children[i%Fanout], chunk); err != nil {
-					return err
-				}
-			}
-		}
-		id, _, err := s.PutNode(&children)
-		if err != nil {
-			return err
-		}
-		root, _, err := s.BuildMap(base.Size, base, []Leaf{{Index: int64(index), ID: id}})
-		if err != nil {
-			return err
-		}
-		p.Disks = []PointDisk{{Name: "vda", Map: Map{Root: root, Size: base.Size}}}
-	} else {
-		c = make(content, 1+rng.IntN(Fanout+50))
-		for i := range c {
-			if rng.IntN(4) == 0 {
-				c[i] = rng.Uint32N(300)
-			}
-		}
-		stored, err := store(t, s, c)
-		if err != nil {
-			return err
-		}
-		p.Disks = []PointDisk{{Name: "vda", Map: stored}}
+// round opens the repository, looks at it, uses it for a time and ends it in one way or another.
+func (m *model) round(rng *rand.Rand, length time.Duration) {
+	m.faulty = rng.IntN(2) == 0
+	killed := rng.IntN(2) == 0
+	m.open(rng)
+	m.resolve()
+	m.compare(rng)
+	stuck := time.AfterFunc(length+modelStuck, func() {
+		_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
+		panic("the model is stuck")
+	})
+	defer stuck.Stop()
+	m.run(rng, length, killed)
+	m.did("rounds")
+	if m.t.Failed() {
+		return
 	}
-	if rng.IntN(5) == 0 {
-		return nil // given up
+	if killed {
+		m.did("kills")
+		m.crash(rng)
+		return
 	}
-	p, err := s.Commit(t.Context(), p)
-	if err == nil {
-		m.put(p.ID, c)
-	}
-	return err
+	m.compare(rng)
+	m.usable()
+	m.close()
 }
 
-// modelDelete deletes a point, sometimes while its disk is being read.
-func modelDelete(r *Repository, m *model, rng *rand.Rand) error {
-	id, c, ok := m.take()
-	if !ok {
-		time.Sleep(10 * time.Millisecond)
-		return nil
+func (m *model) did(what string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.done[what]++
+}
+
+// excused reports whether an error may be the consequence of a change that was made to fail.
+func (m *model) excused(err error) bool {
+	m.fs.alive.RLock()
+	defer m.fs.alive.RUnlock()
+	return (m.faulty || m.fs.dead) && (errors.Is(err, syscall.EIO) || errors.Is(err, syscall.ENOSPC))
+}
+
+func (m *model) options(passphrase string) Options {
+	return Options{
+		Passphrase: passphrase, SegmentSize: 512 << 10, CacheSize: 1 << 20,
+		fs: m.fs, indexMemory: 1 << 20, clock: &m.clock,
 	}
-	if rng.IntN(4) == 0 {
-		return modelUndelete(r, m, id, c, rng)
+}
+
+// open opens the repository with one of its keys, and not with one that was removed.
+func (m *model) open(rng *rand.Rand) {
+	m.t.Helper()
+	m.fs = &flakyFS{FS: durable.OS()}
+	passphrases := []string{m.secret}
+	for _, k := range m.keys {
+		if !k.doubt {
+			passphrases = append(passphrases, k.passphrase)
+		}
 	}
-	d, err := r.OpenDisk(id, "vda", DiskOptions{Whole: rng.IntN(2) == 0})
+	if m.removed != "" {
+		if r, err := Open(m.dir, m.options(m.removed)); !errors.Is(err, ErrWrongKey) {
+			if err == nil {
+				_ = r.Close()
+			}
+			m.t.Fatalf("open with a key that was removed: got %v, want %v", err, ErrWrongKey)
+		}
+	}
+	r, err := Open(m.dir, m.options(passphrases[rng.IntN(len(passphrases))]))
+	if err != nil {
+		m.t.Fatalf("open: %v", err)
+	}
+	m.r = r
+}
+
+// close closes the repository.
+func (m *model) close() {
+	if m.r == nil {
+		return
+	}
+	m.fs.arm(0, nil, 0)
+	if err := m.r.Close(); err != nil && !m.excused(err) {
+		m.t.Errorf("close: %v", err)
+	}
+	m.r = nil
+}
+
+// crash goes on with what a process that was killed left of the repository, with the index or without.
+func (m *model) crash(rng *rand.Rand) {
+	left, err := os.MkdirTemp(m.parent, "left-")
+	if err == nil && rng.IntN(2) == 0 {
+		err = copyLive(m.dir, left)
+	} else if err == nil {
+		err = os.CopyFS(left, os.DirFS(m.dir))
+	}
+	_ = m.r.Close() // it is dead
+	m.r = nil
+	if err := errors.Join(err, os.RemoveAll(m.dir)); err != nil {
+		m.t.Fatal(err)
+	}
+	m.dir = left
+}
+
+// resolve compares the lists of points and keys after an opening with what is known, and learns what became
+// of what was in doubt.
+func (m *model) resolve() {
+	m.t.Helper()
+	listed, deleted := map[PointID]bool{}, map[PointID]bool{}
+	for _, p := range m.r.Points() {
+		listed[p.ID] = true
+	}
+	for _, p := range m.r.DeletedPoints() {
+		deleted[p.ID] = true
+	}
+	for id := range listed {
+		if m.points[id] == nil {
+			m.t.Errorf("point %s is listed, and was gone or nobody made it", id)
+		}
+	}
+	now := m.clock.Uptime()
+	for id, p := range m.points {
+		if !p.doubt && p.listed != listed[id] {
+			m.t.Errorf("point %s: got listed %v, want %v", id, listed[id], p.listed)
+		}
+		if !p.doubt && !p.listed && !deleted[id] && now < p.keptUntil {
+			m.t.Errorf("deleted point %s is gone before its time", id)
+		}
+		if p.doubt && deleted[id] {
+			p.keptUntil = 0 // who knows when it was deleted
+		}
+		if p.listed, p.doubt = listed[id], false; !listed[id] && !deleted[id] {
+			delete(m.points, id)
+		}
+	}
+	for _, p := range m.r.PointProblems() {
+		m.t.Errorf("problem: %+v", p)
+	}
+	for _, bad := range m.r.DamagedPoints() {
+		m.t.Errorf("point %s is damaged: %v", bad.ID, bad.Err)
+	}
+	m.resolveKeys()
+}
+
+func (m *model) resolveKeys() {
+	m.t.Helper()
+	there := map[string]bool{}
+	for _, k := range m.r.Keys() {
+		there[k.ID] = true
+		if m.keys[k.ID] == nil && k.Label != "" { // the first has none
+			m.t.Errorf("key %s was gone", k.ID)
+		}
+	}
+	for id, k := range m.keys {
+		if !k.doubt && !there[id] {
+			m.t.Errorf("key %s is gone", id)
+		}
+		if k.doubt = false; !there[id] {
+			delete(m.keys, id)
+		}
+	}
+}
+
+// compare reads every disk of every point that is listed.
+func (m *model) compare(rng *rand.Rand) {
+	m.t.Helper()
+	for id, p := range m.points {
+		if !p.listed {
+			continue
+		}
+		for i, c := range p.disks {
+			if err := m.sameDisk(m.r, id, i, c, DiskOptions{Whole: rng.IntN(2) == 0}); err != nil {
+				m.t.Errorf("point %s: %v", id, err)
+			}
+		}
+	}
+}
+
+func diskName(i int) string { return "vd" + string(rune('a'+i)) }
+
+func (m *model) sameDisk(r *Repository, id PointID, i int, want content, o DiskOptions) error {
+	d, err := r.OpenDisk(id, diskName(i), o)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	if err := r.DeletePoint(id); err != nil {
-		return err
+	return sameBytes(d, want)
+}
+
+// sameBytes compares a disk with what it should hold.
+func sameBytes(d *Disk, want content) error {
+	if d.Size() != int64(len(want))*testChunk {
+		return fmt.Errorf("a disk has %d bytes, want %d chunks", d.Size(), len(want))
 	}
-	if _, err := r.Point(id); !errors.Is(err, ErrNotFound) {
-		return fmt.Errorf("deleted point: %w", err)
-	}
-	b := make([]byte, testChunk)
-	for range 50 {
-		i := rng.IntN(len(c))
-		if _, err := d.ReadAt(b, int64(i)*testChunk); err != nil && int64(i+1)*testChunk < d.Size() {
+	const piece = 32
+	got := make([]byte, piece*testChunk)
+	for first := 0; first < len(want); first += piece {
+		part := want[first:min(len(want), first+piece)]
+		got := got[:len(part)*testChunk]
+		if err := image.ReadFull(d, got, int64(first)*testChunk); err != nil {
 			return err
 		}
-		if string(b) != string(chunkOf(c[i])) {
-			return fmt.Errorf("chunk %d of a disk that is open has other bytes", i)
+		for i, n := range part {
+			if !bytes.Equal(got[i*testChunk:(i+1)*testChunk], chunkOf(n)) {
+				return fmt.Errorf("chunk %d of a disk does not have the bytes that were stored", first+i)
+			}
 		}
 	}
 	return nil
 }
 
-// modelUndelete deletes a point that is kept for a while, and brings it back at once or leaves it.
-func modelUndelete(r *Repository, m *model, id PointID, c content, rng *rand.Rand) error {
-	err := errors.Join(r.SetDeleteQuarantine(time.Hour), r.DeletePoint(id), r.SetDeleteQuarantine(0))
-	if err != nil {
-		return err
-	}
-	if rng.IntN(2) == 0 {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.deleted[id] = c
-		return nil
-	}
-	time.Sleep(time.Duration(rng.IntN(20)) * time.Millisecond)
-	if err := r.UndeletePoint(id); err != nil {
-		return err
-	}
-	m.put(id, c)
-	return nil
-}
-
-// modelDiff compares two points, which are kept from being deleted meanwhile by being open.
-func modelDiff(t *testing.T, r *Repository, m *model, rng *rand.Rand) error {
-	var disks []*Disk
-	var contents []content
-	m.mu.Lock()
-	for id, c := range m.points {
-		if len(disks) == 2 {
-			break
-		}
-		if d, err := r.OpenDisk(id, "vda", DiskOptions{}); err == nil {
-			disks, contents = append(disks, d), append(contents, c)
-			defer d.Close()
-		}
-	}
-	m.mu.Unlock()
-	if len(disks) < 2 {
-		time.Sleep(time.Duration(1+rng.IntN(10)) * time.Millisecond)
-		return nil
-	}
-	at := func(c content, i int64) uint32 {
-		if i < int64(len(c)) {
-			return c[i]
-		}
-		return 0
-	}
-	differs := map[int64]bool{}
-	for e, err := range r.Diff(t.Context(), disks[0].Map(), disks[1].Map(), 0, max(disks[0].Size(), disks[1].Size())) {
-		if err != nil {
-			return err
-		}
-		for i := e.Off / testChunk; i < (e.Off+e.Len+testChunk-1)/testChunk; i++ {
-			differs[i] = true
-		}
-	}
-	for i := range int64(max(len(contents[0]), len(contents[1]))) {
-		if want := at(contents[0], i) != at(contents[1], i); differs[i] != want {
-			return fmt.Errorf("diff of chunk %d: got %v, want %v", i, differs[i], want)
-		}
-	}
-	return nil
-}
-
-// modelCopy copies the folder without its index, file by file, while all goes on but collections, as a
-// backup of the backups does. The copy holds every point that was there all the time.
-func modelCopy(t *testing.T, r *Repository, dir string, m *model) error {
-	r.maintenance.Lock()
-	m.mu.Lock()
-	before := maps.Clone(m.points)
-	m.mu.Unlock()
-	to, err := os.MkdirTemp(filepath.Dir(dir), "copy-")
+// usable checks that whatever failed is over: everything works.
+func (m *model) usable() {
+	m.t.Helper()
+	m.fs.arm(0, nil, 0)
+	c := numbers(rand.Uint32N(6000), 20)
+	p, err := backup(m.t, m.r, "usable", c)
 	if err == nil {
-		defer os.RemoveAll(to)
-		err = copyLive(dir, to)
+		_, err = m.r.Collect(m.t.Context(), CollectOptions{})
 	}
-	r.maintenance.Unlock()
+	if err == nil {
+		checkDisk(m.t, m.r, p.ID, c)
+		err = m.r.DeletePoint(p.ID)
+	}
 	if err != nil {
-		return err
+		m.t.Errorf("usable: %v", err)
 	}
-	o := Options{SegmentSize: 1 << 20, indexMemory: 1 << 20, Passphrase: "secret"}
-	if r.keys == nil {
-		o.Passphrase = ""
+	if p.ID != "" {
+		m.points[p.ID] = &modelPoint{id: p.ID, disks: []content{c}, doubt: err != nil}
 	}
-	copied, err := Open(to, o)
-	if err != nil {
-		return fmt.Errorf("open a copy: %w", err)
+	if err := m.verify(VerifyOptions{}); err != nil {
+		m.t.Errorf("usable: %v", err)
 	}
+}
+
+// last looks at everything once more: what can be undeleted comes back, and what nobody needs goes.
+func (m *model) last() {
+	m.faulty = false
+	rng := rand.New(rand.NewPCG(0, 0))
+	m.open(rng)
+	m.resolve()
+	for id, p := range m.points {
+		if p.listed {
+			continue
+		}
+		err := m.r.UndeletePoint(id)
+		if p.listed = err == nil; err != nil && m.clock.Uptime() < p.keptUntil {
+			m.t.Errorf("undelete: %v", err)
+		}
+	}
+	if _, err := m.r.Collect(m.t.Context(), CollectOptions{}); err != nil {
+		m.t.Error(err)
+	}
+	m.compare(rng)
+	again, err := m.r.Collect(m.t.Context(), CollectOptions{DryRun: true})
+	if err != nil || again.DeadChunks != 0 {
+		m.t.Errorf("after a collection: got %+v, %v, want nothing dead", again, err)
+	}
+	checkSound(m.t, m.r)
+	m.done["points at the end"] = len(m.points)
+}
+
+// take returns a random point that nobody is changing and that is fit, to be changed.
+func (m *model) take(rng *rand.Rand, fit func(p *modelPoint) bool) *modelPoint {
 	m.mu.Lock()
-	maps.DeleteFunc(before, func(id PointID, _ content) bool { return m.points[id] == nil })
-	m.mu.Unlock()
-	for id, c := range before {
-		checkDisk(t, copied, id, c)
+	defer m.mu.Unlock()
+	var ids []PointID
+	for id, p := range m.points {
+		if !p.busy && fit(p) {
+			ids = append(ids, id)
+		}
 	}
-	return copied.Close()
+	if len(ids) == 0 {
+		return nil
+	}
+	slices.Sort(ids)
+	p := m.points[ids[rng.IntN(len(ids))]]
+	p.busy = true
+	p.versions++
+	return p
+}
+
+// give ends a change, which edit tells of.
+func (m *model) give(p *modelPoint, edit func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	edit()
+	p.busy = false
+}
+
+// steady returns the points that are listed for sure and that nobody is changing, and their versions.
+func (m *model) steady() map[*modelPoint]int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := map[*modelPoint]int{}
+	for _, p := range m.points {
+		if p.listed && !p.doubt && !p.busy {
+			out[p] = p.versions
+		}
+	}
+	return out
+}
+
+// keep leaves out of some points those that were changed since.
+func (m *model) keep(points map[*modelPoint]int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(points, func(p *modelPoint, version int) bool { return p.versions != version })
 }
 
 // copyLive copies a repository's folder without its index. Files may come and go.
