@@ -368,6 +368,14 @@ func (a *appender) unsealed() []summary {
 	return out
 }
 
+// nextNumber returns the number of the next segment. Those with lower ones are in the live set, or will
+// never be.
+func (a *appender) nextNumber() uint64 {
+	a.mu.Lock() // nobody is between taking a number and adding the segment
+	defer a.mu.Unlock()
+	return a.r.segments.last() + 1
+}
+
 // close seals what is open and waits for what runs. Nothing may be appended
 // afterwards.
 func (a *appender) close() error {

@@ -432,14 +432,24 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 			continue
 		}
 		at, ok, err := c.r.index.get(e.ID)
-		if err != nil || ok && at != from && c.r.segments.holds(at) {
+		if ok = ok && at != from && c.r.segments.holds(at); ok && c.r.Damaged(e.ID) {
+			// It may be the one that is bad, and this one good.
+			err = c.r.loadOnce(e.ID, e.Type, make([]byte, e.Raw, e.Raw+decodeSlack), true)
+			if ok = err == nil; errors.Is(err, ErrDamaged) {
+				err = nil
+			}
+		}
+		if err != nil || ok && at.Segment != from.Segment {
 			c.r.claims.drop(e.ID, cl)
 			if err == nil {
 				c.r.segments.moved(from, at)
 			}
 			return 0, err
 		}
-		h, payload, err := seg.record(buf, e.ID, e.Off, e.Stored)
+		if ok { // a later record in the same segment
+			e.Off, e.Stored = at.Off, at.Stored
+		}
+		h, payload, err := c.readRecord(seg, e, buf)
 		if err != nil {
 			c.r.claims.drop(e.ID, cl)
 			return 0, damage(&CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err})
@@ -459,10 +469,23 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 	}
 }
 
-// moved passes what sessions hold of a record on to its new place.
+// readRecord reads a record that is to be copied. One that is known to be bad has to have the right
+// content: its copy counts as good.
+func (c *collection) readRecord(seg *segment, e tocEntry, buf []byte) (recordHeader, []byte, error) {
+	if !c.r.Damaged(e.ID) {
+		return seg.record(buf, e.ID, e.Off, e.Stored)
+	}
+	return c.r.readEntry(seg, e, buf, make([]byte, max(c.r.chunkSize, nodeSize)))
+}
+
+// moved passes what sessions, also those that ended during a collection, hold of a record on to
+// its new place.
 func (s *segmentSet) moved(from, to location) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.live.has(from.Segment, from.Ordinal) {
+		s.live.set(to)
+	}
 	for session := range s.sessions {
 		if session.marks.has(from.Segment, from.Ordinal) {
 			session.marks.set(to)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
@@ -25,20 +26,16 @@ func (r *Repository) loadSegments(ctx context.Context, progress func(done, total
 	if err != nil {
 		return err
 	}
-	// Ascending: where two segments hold the same chunk, the later one counts.
-	for i, f := range files {
-		if progress != nil {
-			progress(i, len(files))
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
+	var unknown []*segment
+	var highest uint64
+	for _, f := range files {
 		number, generation, ok := parseSegmentName(f.Name())
 		if !ok {
 			r.log.Warn("the folder of segments holds something else", attrPath(f.Name()))
 			continue
 		}
 		seg := &segment{number: number, generation: generation, path: filepath.Join(r.segments.dir, f.Name()), sealed: true}
+		highest = max(highest, number)
 		info, err := f.Info()
 		if err != nil {
 			return err
@@ -49,10 +46,22 @@ func (r *Repository) loadSegments(ctx context.Context, progress func(done, total
 			r.segments.add(seg)
 			continue
 		}
+		unknown = append(unknown, seg)
+	}
+	// Ascending, and after those that are known: where two segments hold the same chunk, the later
+	// one counts.
+	for i, seg := range unknown {
+		if progress != nil {
+			progress(len(files)-len(unknown)+i, len(files))
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if err := r.loadSegment(seg); err != nil {
 			return fmt.Errorf("segment %s: %w", seg.path, err)
 		}
 	}
+	r.segments.pass(highest) // also of one that could not be opened, and may be the next time
 	if progress != nil {
 		progress(len(files), len(files))
 	}
@@ -172,7 +181,29 @@ func (r *Repository) recoverSegment(seg *segment, f durable.File, size int64) er
 func (r *Repository) enterRecords(seg *segment, entries []tocEntry, size int64) error {
 	seg.summary = summarize(seg.generation, entries, size)
 	r.segments.add(seg)
+	if err := r.leaveLater(seg, entries); err != nil {
+		return err
+	}
 	return r.enter(seg, entries, 0, &seg.summary)
+}
+
+// leaveLater clears the ids of those entries of a segment of whose chunks the index has a record in a
+// later one that counts: a collection that was killed leaves segments in quarantine, whose records
+// were copied out of them, or stored anew because they are bad.
+func (r *Repository) leaveLater(seg *segment, entries []tocEntry) error {
+	if r.segments.last() == seg.number {
+		return nil
+	}
+	for i, e := range entries {
+		loc, ok, err := r.index.get(e.ID)
+		if err != nil {
+			return err
+		}
+		if ok && loc.Segment > seg.number && r.segments.holds(loc) {
+			entries[i].ID = ID{}
+		}
+	}
+	return nil
 }
 
 // errUnsealed means that a segment does not end as a sealed one does.
@@ -187,6 +218,9 @@ func (r *Repository) enterUnlisted(seg *segment, entries []tocEntry, size int64)
 	seg.unlisted = true
 	seg.summary = summarize(seg.generation, entries, size)
 	r.segments.add(seg)
+	if err := r.leaveLater(seg, entries); err != nil {
+		return err
+	}
 	return r.enter(seg, entries, 0, nil)
 }
 
@@ -381,7 +415,8 @@ func (r *Repository) reindexOnce() error {
 		return nil
 	}
 	r.log.Warn("the index lacks a chunk that a restore point needs; entering all segments again")
-	for _, seg := range r.segments.sealedSegments() {
+	// Of a chunk with several records the latest counts.
+	for _, seg := range slices.Backward(r.segments.sealedSegments()) {
 		if err := r.enterMissing(seg); err != nil {
 			return err
 		}

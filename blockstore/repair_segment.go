@@ -18,6 +18,7 @@ func (p *repair) segments(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	next := r.appender.nextNumber()
 	files, err := r.fs.ReadDir(r.segments.dir)
 	if err != nil {
 		return err
@@ -33,6 +34,9 @@ func (p *repair) segments(ctx context.Context) error {
 		if !ok {
 			p.addUnknown(segmentsDir + "/" + f.Name())
 			continue
+		}
+		if number >= next {
+			continue // it is being made at this moment
 		}
 		seg, live, busy := r.segments.lookup(number, generation)
 		if busy {
@@ -230,7 +234,7 @@ func (p *repair) list(s *salvage, f durable.File) error {
 // salvage stores the good records of a segment anew, durably, or only counts them.
 func (p *repair) salvage(ctx context.Context, s *salvage) error {
 	epoch := p.r.appender.begin()
-	for _, e := range s.entries {
+	for i, e := range s.entries {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -247,7 +251,7 @@ func (p *repair) salvage(ctx context.Context, s *salvage) error {
 		}
 		s.good++
 		if p.o.Apply {
-			if err := p.relocate(s, e, h, payload); err != nil {
+			if err := p.relocate(s, i, e, h, payload); err != nil {
 				return err
 			}
 		}
@@ -258,39 +262,32 @@ func (p *repair) salvage(ctx context.Context, s *salvage) error {
 	return errors.Join(p.r.appender.flush(), p.r.appender.check(epoch))
 }
 
-// relocate stores a good record anew, unless there is another good one of the chunk.
-func (p *repair) relocate(s *salvage, e tocEntry, h recordHeader, payload []byte) error {
+// relocate stores a good record anew, the i-th of its segment, unless there is another good one of the
+// chunk.
+func (p *repair) relocate(s *salvage, i int, e tocEntry, h recordHeader, payload []byte) error {
 	r := p.r
+	from := location{Segment: s.seg.number, Ordinal: uint32(i)}
 	for {
 		cl, mine := r.claims.take(e.ID)
 		if !mine {
 			<-cl.ready
 			if cl.found {
+				r.segments.moved(from, cl.loc)
 				return nil
 			}
 			continue
 		}
 		at, ok, err := r.index.get(e.ID)
-		if err == nil && ok && r.segments.holds(at) && at.Segment != s.seg.number && r.loadOnce(e.ID, h.Type, make([]byte, h.Raw, h.Raw+decodeSlack), true) == nil {
-			r.claims.drop(e.ID, cl)
-			return nil
-		}
-		if err == nil {
-			err = r.checkSpace(collectShare)
-		}
-		var to location
-		if err == nil {
-			to, err = r.appender.append(e.ID, h.Type, h.Codec, int(h.Raw), payload)
-		}
 		if err != nil {
 			r.claims.drop(e.ID, cl)
 			return err
 		}
-		if ok {
-			r.segments.moved(at, to)
+		if ok && r.segments.holds(at) && at.Segment != s.seg.number && r.loadOnce(e.ID, h.Type, make([]byte, h.Raw, h.Raw+decodeSlack), true) == nil {
+			r.claims.drop(e.ID, cl)
+			r.segments.moved(from, at)
+			return nil
 		}
-		r.claims.stored(e.ID, cl, to)
-		return nil
+		return r.storeClaimed(cl, at, ok, h, payload)
 	}
 }
 

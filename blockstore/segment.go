@@ -282,6 +282,20 @@ func (s *segmentSet) add(seg *segment) {
 	s.next = max(s.next, seg.number+1)
 }
 
+// last returns the highest number of a segment so far.
+func (s *segmentSet) last() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.next - 1
+}
+
+// pass has new segments get numbers above number.
+func (s *segmentSet) pass(number uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next = max(s.next, number+1)
+}
+
 // takeNumber returns the number for a new segment.
 func (s *segmentSet) takeNumber() uint64 {
 	s.mu.Lock()

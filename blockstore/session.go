@@ -154,12 +154,12 @@ func (s *Session) put(id ID, kind recordType, data []byte) (Stored, error) {
 // store looks whether the repository has the chunk, stores it if not, and
 // resolves the claim.
 func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, error) {
-	loc, ok, err := s.r.index.get(id)
+	before, ok, err := s.r.index.get(id)
 	if err != nil {
 		s.r.claims.drop(id, c)
 		return Stored{}, err
 	}
-	if ok && !s.r.Damaged(id) && s.r.segments.protect(s, id, loc) {
+	if ok && !s.r.Damaged(id) && s.r.segments.protect(s, id, before) {
 		s.r.claims.drop(id, c)
 		return Stored{}, nil
 	}
@@ -169,12 +169,16 @@ func (s *Session) store(c *claim, id ID, kind recordType, data []byte) (Stored, 
 	if err == nil {
 		err = s.r.checkSpace(1)
 	}
+	var loc location
 	if err == nil {
 		loc, err = s.r.appender.append(id, kind, how, len(data), payload)
 	}
 	if err != nil {
 		s.r.claims.drop(id, c)
 		return Stored{}, err
+	}
+	if ok {
+		s.r.segments.moved(before, loc)
 	}
 	if !s.r.segments.protect(s, id, loc) {
 		// Its segment has failed, or was sealed, found dead and condemned before the mark

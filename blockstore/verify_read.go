@@ -292,7 +292,7 @@ func (r *Repository) checkEntry(seg *segment, e tocEntry, record, plain []byte) 
 	return err
 }
 
-// elsewhere looks whether other segments have what is bad, and makes the index point there. It
+// elsewhere looks whether other segments have what is bad, and stores it anew. It
 // reports whether one had. A chunk can have several records: an old one that
 // was damaged is not taken for the chunk once a new one is found.
 func (v *verification) elsewhere(ctx context.Context) (found bool, err error) {
@@ -316,7 +316,7 @@ func (v *verification) elsewhere(ctx context.Context) (found bool, err error) {
 	return found, nil
 }
 
-// others makes the index point to the good records that a segment, which is open, has of bad chunks.
+// others stores anew the good records that a segment, which is open, has of bad chunks.
 func (v *verification) others(ctx context.Context, seg *segment, record, plain []byte) (found bool, err error) {
 	size, err := seg.file.Size()
 	if err != nil {
@@ -329,18 +329,21 @@ func (v *verification) others(ctx context.Context, seg *segment, record, plain [
 	if err := v.limit.wait(ctx, int64(len(entries))*tocEntrySize); err != nil {
 		return false, err
 	}
-	for i, e := range entries {
+	for _, e := range entries {
 		if _, bad := v.bad[e.ID]; !bad {
 			continue
 		}
 		if err := v.limit.wait(ctx, e.size()); err != nil {
 			return found, err
 		}
-		if v.r.checkEntry(seg, e, record, plain) != nil {
+		h, payload, err := v.r.readEntry(seg, e, record, plain)
+		if err != nil {
 			continue
 		}
-		loc := location{Segment: seg.number, Generation: seg.generation, Off: e.Off, Stored: e.Stored, Ordinal: uint32(i)}
-		taken, err := v.r.pointTo(e.ID, loc)
+		taken, err := v.r.storeAgain(e.ID, h, payload)
+		if errors.Is(err, ErrNoSpace) {
+			continue // it stays known as damaged
+		}
 		if err != nil {
 			return found, err
 		}
@@ -353,22 +356,39 @@ func (v *verification) others(ctx context.Context, seg *segment, record, plain [
 	return found, nil
 }
 
-// pointTo makes the index point to a record that was found good, unless the chunk is being stored at
-// this moment.
-func (r *Repository) pointTo(id ID, loc location) (bool, error) {
+// storeAgain stores a record that was found good anew, unless the chunk is being stored at this moment: an
+// index that is made anew takes the latest record of a chunk, which was bad.
+func (r *Repository) storeAgain(id ID, h recordHeader, payload []byte) (bool, error) {
 	cl, mine := r.claims.take(id)
 	if !mine {
 		return false, nil
 	}
-	defer r.claims.drop(id, cl)
-	if !r.segments.holds(loc) {
-		return false, nil
-	}
-	err := r.index.write(func(w indexWrite) error { return w.put([]entry{{id, loc}}) })
+	at, ok, err := r.index.get(id)
 	if err == nil {
-		r.damaged.remove([]ID{id})
+		err = r.storeClaimed(cl, at, ok, h, payload)
+	} else {
+		r.claims.drop(id, cl)
 	}
 	return err == nil, err
+}
+
+// storeClaimed appends a good record of a chunk that is claimed, and resolves the claim. If ok is set, at is
+// where the index has the chunk.
+func (r *Repository) storeClaimed(cl *claim, at location, ok bool, h recordHeader, payload []byte) error {
+	err := r.checkSpace(collectShare)
+	var to location
+	if err == nil {
+		to, err = r.appender.append(h.ID, h.Type, h.Codec, int(h.Raw), payload)
+	}
+	if err != nil {
+		r.claims.drop(h.ID, cl)
+		return err
+	}
+	if ok {
+		r.segments.moved(at, to)
+	}
+	r.claims.stored(h.ID, cl, to)
+	return nil
 }
 
 // verified remembers when a segment was read whole.
