@@ -35,6 +35,9 @@ const (
 	// maxChanges is how many of its last changes the catalog keeps.
 	maxChanges = 1000
 	maxSeq     = 1 << 53 // a number that JSON carries everywhere
+	// maxCatalog is the length of the catalog above which nothing is added: deletions, locks and purges
+	// make it longer, too.
+	maxCatalog = maxEnvelope - 4<<20
 )
 
 // Op is what a [Change] did.
@@ -101,6 +104,7 @@ type catalog struct {
 	Changes []Change `json:"changes"`
 
 	points map[PointID]listing
+	size   int // of the JSON that was read or written, bytes
 }
 
 // newCatalog returns the catalog of a repository that has no points.
@@ -196,6 +200,7 @@ func (s sealer) encodeCatalog(c *catalog) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the catalog of %d points: %w; delete points and collect", len(out.Points), err)
 	}
+	c.size = len(payload)
 	return data, nil
 }
 
@@ -205,7 +210,7 @@ func (s sealer) decodeCatalog(data []byte) (*catalog, bool, error) {
 	if err != nil {
 		return nil, false, err
 	}
-	c := &catalog{}
+	c := &catalog{size: len(in.payload)}
 	if err := json.Unmarshal(in.payload, c); err != nil {
 		return nil, false, err
 	}

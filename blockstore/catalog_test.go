@@ -2,9 +2,11 @@ package blockstore
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -451,4 +453,40 @@ func benchmarkPoints(b *testing.B, k *keys, n int) *Repository {
 		r.catalog.commit(r.sealer, f, ID{byte(i)})
 	}
 	return r
+}
+
+// A full catalog takes no more points, and still lets points be deleted and purged, which makes room.
+func TestFullCatalog(t *testing.T) {
+	t.Parallel()
+	clock := newTestClock()
+	fs := newPoints(t, nil, clock, time.Hour)
+	r := mustOpenPoints(t, fs, nil, clock)
+	must(t, commitPoint(r, pointNamed(1), time.Minute))
+	size := r.catalog.size
+	if n, err := copyLength(catalogKind, fileOf(t, fs, pointsFile(catalogFile))); err != nil || size != n-envelopeHeaderSize {
+		t.Errorf("got a catalog of %d bytes, want that of the file, %d, %v", size, n, err)
+	}
+	r = mustOpenPoints(t, fs, nil, clock)
+	if r.catalog.size != size {
+		t.Errorf("read: got a catalog of %d bytes, want %d", r.catalog.size, size)
+	}
+	r.catalog.size = maxCatalog + 1
+	if err := commitPoint(r, pointNamed(2), 0); err == nil || !strings.Contains(err.Error(), "no room") {
+		t.Errorf("commit: got %v, want that there is no room", err)
+	}
+	if _, err := fs.Open(pointsFile(string(pointNamed(2)) + pointSuffix)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the file of a point that was refused: got %v, want none", err)
+	}
+	clock.pass(time.Hour)
+	must(t, r.DeletePoint(pointNamed(1)))
+	clock.pass(2 * time.Hour)
+	before, err := json.Marshal(r.catalog.points[pointNamed(1)])
+	must(t, err)
+	must(t, r.change(func(*catalog) {}))
+	must(t, r.purge())
+	after, err := json.Marshal(r.catalog.points[pointNamed(1)])
+	must(t, err)
+	if len(after) >= len(before) {
+		t.Errorf("a purge made of %s %s, which is longer", before, after)
+	}
 }

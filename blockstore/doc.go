@@ -307,7 +307,9 @@
 // others may be held over. A claim is waited for with no lock held.
 //
 // A verification reads past the caches. What a collection moves before it was read is found, by
-// another walk over the trees, at its new place.
+// another walk over the trees, at its new place. Of a bad chunk of which another segment has a good record it
+// stores that anew, as a backup would: where several segments have a chunk, the latest counts, also in an index
+// that is made anew.
 //
 // A commit, deletion, undeletion, lock or purge holds Repository.mu while it writes the catalog. A collection purges
 // first and then keeps what all listed points need, the deleted ones among them.
@@ -333,7 +335,7 @@
 // # Limits
 //
 // Chunks are 16 KiB to 4 MiB, disks up to 1 PiB, points up to 1024 disks. The catalog holds about
-// 300,000 points. Locks last up to 100 years, deleted points are kept up to 10.
+// 300,000 points: one of more than 60 MiB takes no more. Locks last up to 100 years, deleted points are kept up to 10.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
 // stored bytes), the points, one bit a chunk for each session and collection and two for a verification, 50 bytes a map
 // node that a collection walks or a session puts, the ids of the chunks that a session has put and no node lists,

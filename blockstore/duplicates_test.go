@@ -4,7 +4,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"github.com/holdfast-backup/holdfast/internal/durable"
 )
 
 // twoRecords is a repository in which a chunk of a point has two records, as after it was healed. The
@@ -152,4 +157,78 @@ func TestCollectDoesNotHeal(t *testing.T) {
 	mustBackup(t, r, "vm", c)
 	emptyCache(r)
 	checkDisk(t, r, p.ID, c)
+}
+
+// The number of a segment that cannot be opened is not given to another, which would hide it for ever.
+func TestUnopenedSegmentKeepsItsNumber(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{})
+	c := numbers(1, 20)
+	p := mustBackup(t, r, "vm", c)
+	closeOnce(t, r)
+	must(t, os.RemoveAll(filepath.Join(dir, indexDir)))
+	fs := &faultyReads{FS: durable.OS(), fail: func(name string) error {
+		if strings.HasSuffix(name, segmentSuffix) {
+			return syscall.EIO
+		}
+		return nil
+	}}
+	r, err := Open(dir, Options{fs: fs, indexMemory: 1 << 20})
+	must(t, err)
+	_, _ = backup(t, r, "x", numbers(100, 5)) // what it stores is durable, whether it reads anything or not
+	closeOnce(t, r)
+	r = open(t, dir, Options{})
+	checkDisk(t, r, p.ID, c)
+	checkSound(t, r)
+}
+
+// A point that is deleted and not purged is verified, repaired and healed like others: it may come back,
+// and collections wait for its maps.
+func TestVerifyDeletedPoints(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{DeleteQuarantine: time.Hour})
+	r := open(t, dir, Options{})
+	c := numbers(1, 20)
+	p := mustBackup(t, r, "vm", c)
+	must(t, r.DeletePoint(p.ID))
+	must(t, r.appender.finish())
+	loc, _, err := r.find(r.ID(chunkOf(7)))
+	must(t, err)
+	flip(t, segmentFiles(t, dir, segmentSuffix)[0], int64(loc.Off)+recordHeaderSize+9)
+	v, err := r.Verify(t.Context(), VerifyOptions{})
+	if err != nil || len(v.Errors) != 1 || v.Errors[0].Point != p.ID || v.Errors[0].Offset != 6*testChunk {
+		t.Errorf("verify: got %+v, %v, want the chunk of the deleted point", v, err)
+	}
+	got, err := r.Repair(t.Context(), RepairOptions{Apply: true})
+	if err != nil || got.LostChunks != 1 {
+		t.Errorf("repair: got %+v, %v, want one chunk lost", got, err)
+	}
+	mustBackup(t, r, "vm", c)
+	must(t, r.UndeletePoint(p.ID))
+	checkDisk(t, r, p.ID, c)
+	checkSound(t, r)
+}
+
+// A point's file that nobody may change, and that is worn, does not keep a repair from the rest.
+func TestRepairImmutablePoint(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	fs := &immutableFS{FS: durable.OS()}
+	r := open(t, dir, Options{fs: fs})
+	p := mustBackup(t, r, "vm", numbers(1, 20))
+	must(t, r.appender.finish())
+	file := filepath.Join(pointsDir, string(p.ID)+pointSuffix)
+	flip(t, filepath.Join(dir, file), 60)
+	flip(t, segmentFiles(t, dir, segmentSuffix)[0], 20)
+	fs.set(dir, []string{file})
+	got, err := r.Repair(t.Context(), RepairOptions{Apply: true})
+	if err != nil || len(got.Actions) != 2 || got.Actions[0].Done || !got.Actions[1].Done {
+		t.Errorf("got %+v, %v, want the point's file left and the segment repaired", got, err)
+	}
+	fs.set(dir, nil)
+	if got, err := r.Repair(t.Context(), RepairOptions{Apply: true}); err != nil || got.Remains() {
+		t.Errorf("got %+v, %v, want nothing left to do", got, err)
+	}
+	checkSound(t, r)
 }

@@ -184,6 +184,16 @@ func (r *Repository) Points() []Point {
 	return out
 }
 
+// keptPoints returns the points whose chunks the next collection keeps: also those that are deleted, but for
+// what it purges. Oldest first.
+func (r *Repository) keptPoints() []Point {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := r.kept(true)
+	slices.SortFunc(out, Point.compare)
+	return out
+}
+
 // compare orders points by time.
 func (p Point) compare(q Point) int { return cmp.Or(p.Time.Compare(q.Time), cmp.Compare(p.ID, q.ID)) }
 
@@ -235,8 +245,13 @@ func (r *Repository) OpenDisk(id PointID, name string, o DiskOptions) (*Disk, er
 	if err != nil {
 		return nil, err
 	}
+	return r.openLocked(p.Point, d, o), nil
+}
+
+// openLocked opens a disk of a point that is known.
+func (r *Repository) openLocked(p Point, d PointDisk, o DiskOptions) *Disk {
 	r.pins[d.Map]++
-	return &Disk{r: r, m: d.Map, o: o, label: fmt.Sprintf("disk %s of %s, point %.8s", d.Name, p.VM, p.ID)}, nil
+	return &Disk{r: r, m: d.Map, o: o, label: fmt.Sprintf("disk %s of %s, point %.8s", d.Name, p.VM, p.ID)}
 }
 
 // unpin ends the use of a map that OpenDisk or Session.Base pinned.

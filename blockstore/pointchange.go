@@ -37,6 +37,9 @@ func (r *Repository) writePoint(p Point, lock time.Duration) error {
 	if err := r.settleLocked(); err != nil {
 		return fmt.Errorf("the folder of points cannot be brought in order: %w", err)
 	}
+	if r.catalog.size > maxCatalog {
+		return fmt.Errorf("the catalog has no room for more than its %d points; delete points and collect", len(r.catalog.points))
+	}
 	f := pointFile{Point: p, Seq: r.catalog.Seq + 1, Prev: r.catalog.Chain, Committed: r.clock.Now()}
 	if lock > 0 {
 		f.LockedUntil = f.Committed.Add(lock)
@@ -355,6 +358,7 @@ func (r *Repository) purge() error {
 			for _, id := range due {
 				l := c.points[id]
 				l.Purged = true
+				l.LockedUntil, l.Deleted, l.PurgeAfter = time.Time{}, time.Time{}, time.Time{} // a purge always has room
 				c.points[id] = l
 				c.record(r.sealer, Change{Op: OpPurge, Point: id, At: now})
 			}
@@ -388,16 +392,16 @@ func (l listing) due(now time.Time) bool {
 	return !l.Purged && !l.Deleted.IsZero() && !now.Before(l.PurgeAfter)
 }
 
-// kept returns the points whose chunks a collection keeps; those of a dry run leave out what would be
-// purged. r.mu is held.
-func (r *Repository) kept(dryRun bool) []Point {
+// kept returns the points whose chunks a collection keeps; those before a purge leave out what it would
+// purge. r.mu is held.
+func (r *Repository) kept(beforePurge bool) []Point {
 	now := r.clock.Now()
 	var out []Point
 	for _, f := range r.points {
 		out = append(out, f.Point)
 	}
 	for id, f := range r.deleted {
-		if !dryRun || !r.catalog.points[id].due(now) {
+		if !beforePurge || !r.catalog.points[id].due(now) {
 			out = append(out, f.Point)
 		}
 	}

@@ -125,7 +125,7 @@ func (r *Repository) restoreConfig(name string) error {
 func (p *repair) lost(ctx context.Context) error {
 	v := newVerification(p.r, VerifyOptions{Percent: 100})
 	v.needed, v.walked = marks{}, walkedNodes{}
-	points := p.r.Points()
+	points := p.r.keptPoints()
 	disks := v.open(points)
 	defer closeDisks(disks)
 	for _, d := range disks {

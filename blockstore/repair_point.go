@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -41,7 +42,13 @@ func (p *repair) points(ctx context.Context) error {
 		default:
 			a.Action, do = "move the file to the quarantine and strike the point off the list: it is lost", p.dropPoint
 		}
-		if p.o.Apply {
+		fixed, err := p.r.fs.Immutable(filepath.Join(p.r.dir, problem.File))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		if fixed {
+			a.Action, a.Done = "none: the file carries the immutable attribute; take that off and repair again", false
+		} else if p.o.Apply {
 			err := do(a)
 			if errors.Is(err, ErrLocked) {
 				a.Action, a.Done, err = "none: the point is locked; bring its file back", false, nil

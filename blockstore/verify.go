@@ -83,8 +83,8 @@ const (
 	maxLost   = 10_000
 )
 
-// Verify reads chunks and map nodes that points need and compares each with its
-// hash, and looks through the other files of the repository. Bad chunks are remembered, so that a
+// Verify reads chunks and map nodes that points need, deleted ones that stay for now among them,
+// and compares each with its hash, and looks through the other files of the repository. Bad chunks are remembered, so that a
 // backup that meets the same content stores it anew. What cannot be read is in the result, and
 // the rest is verified all the same.
 func (r *Repository) Verify(ctx context.Context, o VerifyOptions) (VerifyResult, error) {
@@ -217,9 +217,10 @@ func (v *verification) end() error {
 	return v.r.index.write(func(w indexWrite) error { return w.clearVerifyBegan() })
 }
 
-// points returns the points that were asked for.
+// points returns the points that were asked for. Deleted ones that the next collection does not purge are among
+// all: an undelete brings them back, and the collection needs their maps.
 func (v *verification) points() ([]Point, error) {
-	all := v.r.Points()
+	all := v.r.keptPoints()
 	if v.o.Points == nil {
 		return all, nil
 	}
@@ -234,14 +235,17 @@ func (v *verification) points() ([]Point, error) {
 	return out, nil
 }
 
-// open opens the disks of points; those that were deleted just now are left out.
+// open opens the disks of points; those that were purged just now are left out.
 func (v *verification) open(points []Point) []*Disk {
+	v.r.mu.Lock()
+	defer v.r.mu.Unlock()
 	var disks []*Disk
 	for _, p := range points {
+		if !v.r.knownLocked(p.ID) {
+			continue
+		}
 		for _, d := range p.Disks {
-			if disk, err := v.r.OpenDisk(p.ID, d.Name, DiskOptions{}); err == nil {
-				disks = append(disks, disk)
-			}
+			disks = append(disks, v.r.openLocked(p, d, DiskOptions{}))
 		}
 	}
 	return disks
