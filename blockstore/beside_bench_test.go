@@ -4,18 +4,19 @@ import (
 	"context"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// BenchmarkPutBesideCollect stores new chunks, alone and while a collection marks and copies out, in
-// turn, and tells the rates and the part that is lost, medians.
+// BenchmarkPutBesideCollect stores new chunks while a collection marks and copies out, and while it is held up, in
+// turn, and tells the rates and the part that is lost, medians: of all, and of the rounds that were spent in a phase.
 func BenchmarkPutBesideCollect(b *testing.B) {
-	const rounds, length = 7, 2 * time.Second
+	const maxRounds, length = 20, 1500 * time.Millisecond
 	dir, points := manyChunks(b, 1e6)
-	r, err := Open(dir, Options{SegmentSize: smallSegment})
+	r, err := Open(dir, Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -23,33 +24,49 @@ func BenchmarkPutBesideCollect(b *testing.B) {
 	if err := r.DeletePoint(points[2]); err != nil { // every segment is copied out
 		b.Fatal(err)
 	}
-	var alone, beside, lost []float64
-	for range rounds {
+	var hold sync.Mutex // the collection waits for it
+	var phase atomic.Value
+	ctx, cancel := context.WithCancel(b.Context())
+	collected := make(chan error, 1)
+	hold.Lock()
+	go func() {
+		_, err := r.Collect(ctx, CollectOptions{Progress: func(p CollectProgress) {
+			phase.Store(p.Phase)
+			hold.Lock()
+			defer hold.Unlock()
+		}})
+		collected <- err
+	}()
+	var alone, beside []float64
+	lost := map[CollectPhase][]float64{}
+	for range maxRounds {
 		rate := putRate(b, r, length)
-		ctx, cancel := context.WithCancel(b.Context())
-		var collecting sync.WaitGroup
-
-		collecting.Go(func() {
-			for ctx.Err() == nil {
-				_, err := r.Collect(ctx, CollectOptions{})
-				if err != nil && ctx.Err() == nil {
-					b.Error(err)
-					return
-				}
-			}
-		})
+		hold.Unlock()
 		slowed := putRate(b, r, length)
-		cancel()
-		collecting.Wait()
-		alone, beside, lost = append(alone, rate), append(beside, slowed), append(lost, 100*(1-slowed/rate))
+		hold.Lock()
+		if len(collected) > 0 {
+			break
+		}
+		part := 100 * (1 - slowed/rate)
+		alone, beside, lost[""] = append(alone, rate), append(beside, slowed), append(lost[""], part)
+		during := phase.Load().(CollectPhase)
+		lost[during] = append(lost[during], part)
+	}
+	cancel()
+	hold.Unlock()
+	if err := <-collected; err != nil && ctx.Err() == nil {
+		b.Error(err)
 	}
 	b.Run("medians", func(b *testing.B) {
 		for range b.N { // measured above
 		}
 		b.ReportMetric(0, "ns/op")
+		b.ReportMetric(float64(len(alone)), "rounds")
 		b.ReportMetric(median(alone), "alone-MiB/s")
 		b.ReportMetric(median(beside), "beside-MiB/s")
-		b.ReportMetric(median(lost), "lost-%")
+		for phase, parts := range lost {
+			b.ReportMetric(median(parts), strings.TrimPrefix(string(phase)+"-lost-%", "-"))
+		}
 	})
 }
 
