@@ -1,6 +1,7 @@
 package blockstore
 
 import (
+	"context"
 	"crypto/cipher"
 	"crypto/rand"
 	"encoding/binary"
@@ -188,12 +189,12 @@ func (a *appender) rollLocked() error {
 func (a *appender) drain() {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
-	a.drainFlushing()
+	a.drainFlushing(context.Background())
 }
 
-// drainFlushing is drain for a caller that holds flushing.
-func (a *appender) drainFlushing() {
-	for {
+// drainFlushing is drain for a caller that holds flushing. Between segments ctx may stop it.
+func (a *appender) drainFlushing(ctx context.Context) {
+	for ctx.Err() == nil {
 		a.mu.Lock()
 		if len(a.rolled) == 0 {
 			a.mu.Unlock()
@@ -268,10 +269,10 @@ func summarize(generation uint64, entries []tocEntry, size int64) summary {
 func (a *appender) flush() error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
-	a.drainFlushing()
+	a.drainFlushing(context.Background())
 	err := a.flushCurrent()
 	if err != nil {
-		a.drainFlushing() // cut what is not durable, before a kill makes it look so
+		a.drainFlushing(context.Background()) // cut what is not durable, before a kill makes it look so
 	}
 	return err
 }
@@ -345,14 +346,19 @@ func (a *appender) harden(w *writing, size int64) error {
 	return nil
 }
 
-// finish seals what is open.
-func (a *appender) finish() error {
+// finish seals what is open. If ctx ends before, the next flush or full segment seals the rest.
+func (a *appender) finish(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	epoch := a.epoch.Load()
 	a.mu.Lock()
 	err := a.rollLocked()
 	a.mu.Unlock()
-	a.drain()
-	return errors.Join(err, a.check(epoch))
+	a.flushing.Lock()
+	a.drainFlushing(ctx)
+	a.flushing.Unlock()
+	return errors.Join(err, a.check(epoch), ctx.Err())
 }
 
 // unsealed returns the summaries of the segments that are being written.
@@ -379,7 +385,7 @@ func (a *appender) nextNumber() uint64 {
 // close seals what is open and waits for what runs. Nothing may be appended
 // afterwards.
 func (a *appender) close() error {
-	err := a.finish()
+	err := a.finish(context.Background())
 	a.background.Wait()
 	return err
 }

@@ -83,7 +83,7 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 			return CollectResult{}, fmt.Errorf("collect: deleted points cannot be purged: %w", err)
 		}
 	}
-	if err := r.appender.finish(); err != nil {
+	if err := r.appender.finish(ctx); err != nil {
 		return CollectResult{}, err
 	}
 	r.reindexAgain()
@@ -236,7 +236,7 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		return fmt.Errorf("collect: %w", err)
 	}
 	c.progress(PhaseSweep, c.size, c.size)
-	return c.r.appender.finish()
+	return c.r.appender.finish(ctx)
 }
 
 // candidates returns the segments that can be collected, the deadest first.
@@ -378,7 +378,7 @@ func (c *collection) rewrite(ctx context.Context, seg *segment) error {
 	}
 	// All that is needed is durable elsewhere and in the index. Stopped from here on, the
 	// next opening enters the segment again, and the next collection finds it dead.
-	err = c.forget(seg, entries, needed)
+	err = c.forget(ctx, seg, entries, needed)
 	set.drop(seg)
 	c.quarantine.add(seg, entries, copied)
 	return err
@@ -495,7 +495,7 @@ func (s *segmentSet) moved(from, to location) {
 
 // forget takes a segment and its dead records out of the index. A chunk that
 // is being stored anew at this moment keeps its claim and so its entry.
-func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) error {
+func (c *collection) forget(ctx context.Context, seg *segment, entries []tocEntry, needed []bool) error {
 	held := map[ID]*claim{}
 	defer func() {
 		for id, cl := range held {
@@ -510,6 +510,9 @@ func (c *collection) forget(seg *segment, entries []tocEntry, needed []bool) err
 		for i, e := range entries {
 			if needed[i] || held[e.ID] != nil {
 				continue
+			}
+			if err := ctx.Err(); err != nil {
+				return err
 			}
 			cl, mine := c.r.claims.take(e.ID)
 			if !mine {

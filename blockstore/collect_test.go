@@ -156,7 +156,7 @@ func TestMarkPasses(t *testing.T) {
 	if err := r.DeletePoint(first.ID); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(r.purge(), r.appender.finish()); err != nil {
+	if err := errors.Join(r.purge(), r.appender.finish(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	var want marks
@@ -238,6 +238,65 @@ func TestCollectInterrupted(t *testing.T) {
 		if err == nil {
 			return
 		}
+	}
+}
+
+// What is told to stop stops, and what it left undone is done later: segments that are to be sealed, and the
+// search through all segments for a chunk that the index lacks.
+func TestStopped(t *testing.T) {
+	t.Parallel()
+	dir := create(t, CreateOptions{})
+	r := open(t, dir, Options{})
+	p := mustBackup(t, r, "vm", numbers(1, 5))
+	id := r.ID(chunkOf(1))
+	stopped, cancel := context.WithCancel(t.Context())
+	asked := 0
+	if err := r.appender.finish(watchedContext{stopped, func() {
+		if asked++; asked == 2 { // the segment is full, and not sealed
+			cancel()
+		}
+	}}); !errors.Is(err, context.Canceled) || len(unsealed(t, dir)) != 1 {
+		t.Errorf("got %v, want %v and a segment that is not sealed", err, context.Canceled)
+	}
+	if err := r.appender.finish(t.Context()); err != nil || len(unsealed(t, dir)) != 0 {
+		t.Errorf("got %v, want every segment sealed", err)
+	}
+	if err := r.index.write(func(w indexWrite) error { return w.remove(id) }); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := r.locate(stopped, id); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+	if _, ok, err := r.locate(t.Context(), id); err != nil || !ok {
+		t.Errorf("got %v, %v, want the chunk", ok, err)
+	}
+	checkDisk(t, r, p.ID, numbers(1, 5))
+}
+
+// A session that puts chunks and never a map node that lists them takes memory to a bound.
+func TestUnlistedChunksAreBounded(t *testing.T) {
+	t.Parallel()
+	r := open(t, create(t, CreateOptions{}), Options{})
+	s := r.Begin()
+	defer s.Close()
+	chunk := chunkOf(1)
+	children := [Fanout]ID{r.ID(chunk)}
+	for _, list := range []bool{false, true} {
+		if _, err := s.Put(children[0], chunk); err != nil {
+			t.Fatal(err)
+		}
+		if list {
+			if _, _, err := s.PutNode(&children); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, want := s.unlisted.Load(), int64(1); list != (got < want) {
+			t.Errorf("listed %v: %d chunks wait for a node", list, got)
+		}
+	}
+	s.unlisted.Store(maxUnlisted)
+	if _, err := s.Put(children[0], chunk); err == nil {
+		t.Error("a chunk was put, one more than may wait for map nodes")
 	}
 }
 

@@ -338,7 +338,7 @@
 // 300,000 points: one of more than 60 MiB takes no more. Locks last up to 100 years, deleted points are kept up to 10.
 // Memory does not grow with the repository but for about 150 bytes a segment (128 MiB of
 // stored bytes), the points, one bit a chunk for each session and collection and two for a verification, 50 bytes a map
-// node that a collection walks or a session puts, the ids of the chunks that a session has put and no node lists,
+// node that a collection walks or a session puts, the ids of up to 1 Mi chunks that a session has put and no node lists,
 // at most 64 MiB to mark and 32 MiB (a bit a chunk, if that is more) for the quarantine,
 // and 32 bytes for each chunk that is known to be damaged. A verification lists up to 10,000 places and
 // knows the reasons of up to 100,000 bad chunks; it counts the others, which are stored anew all the same.

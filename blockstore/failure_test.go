@@ -76,7 +76,7 @@ func TestStorageAway(t *testing.T) {
 			p := mustBackup(t, r, "vm", disk)
 			closeOnce(t, r)
 			r = open(t, dir, Options{fs: fs})
-			if err := r.appender.finish(); err != nil {
+			if err := r.appender.finish(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 

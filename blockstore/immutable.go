@@ -19,7 +19,7 @@ func (r *Repository) PointFiles(ctx context.Context, id PointID) ([]string, erro
 	}
 	const tries = 10 // a collection can move a record into the segment that is open
 	for range tries {
-		if err := r.appender.finish(); err != nil {
+		if err := r.appender.finish(ctx); err != nil {
 			return nil, err
 		}
 		needed, walked := marks{}, walkedNodes{}
@@ -40,7 +40,7 @@ func (r *Repository) markTree(ctx context.Context, t tree, needed marks, walked 
 	if t.id.IsNull() {
 		return nil
 	}
-	loc, ok, err := r.locate(t.id)
+	loc, ok, err := r.locate(ctx, t.id)
 	if err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func (m *model) run(rng *rand.Rand, length time.Duration, killed bool) {
 	actor("seal", func(rng *rand.Rand) error {
 		m.pause(rng, 40)
 		m.r.Stats()
-		return m.r.appender.finish() // in the middle of everything
+		return m.r.appender.finish(m.t.Context()) // in the middle of everything
 	})
 	actor("time", func(rng *rand.Rand) error {
 		m.pause(rng, 40)

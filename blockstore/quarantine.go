@@ -211,7 +211,7 @@ func (c *collection) confirm(ctx context.Context) error {
 // began.
 func (cf *confirmation) findCopies(ctx context.Context) error {
 	r := cf.c.r
-	if err := r.appender.finish(); err != nil {
+	if err := r.appender.finish(ctx); err != nil {
 		return err
 	}
 	for _, seg := range r.segments.sealedSegments() {
@@ -301,7 +301,7 @@ func (cf *confirmation) check(ctx context.Context, id ID) error {
 	} else {
 		<-cl.ready
 	}
-	if _, ok, err := r.locate(id); err != nil || ok {
+	if _, ok, err := r.locate(ctx, id); err != nil || ok {
 		return err
 	}
 	return fmt.Errorf("internal error: chunk %.16s is needed and was about to be deleted; nothing was lost, %d segments are back where they were; please report this",

@@ -395,20 +395,21 @@ func (r *Repository) reindexAgain() {
 
 // locate returns where a chunk is if its location counts, looking through all
 // segments if the index does not have it.
-func (r *Repository) locate(id ID) (location, bool, error) {
+func (r *Repository) locate(ctx context.Context, id ID) (location, bool, error) {
 	loc, ok, err := r.find(id)
 	if err != nil || ok && r.segments.holds(loc) {
 		return loc, ok, err
 	}
-	if err := r.reindexOnce(); err != nil {
+	if err := r.reindexOnce(ctx); err != nil {
 		return location{}, false, err
 	}
 	loc, ok, err = r.find(id)
 	return loc, ok && r.segments.holds(loc), err
 }
 
-// reindexOnce enters all segments again, once until reindexAgain.
-func (r *Repository) reindexOnce() error {
+// reindexOnce enters all segments again, once until reindexAgain. If ctx stops it, the next call begins
+// anew.
+func (r *Repository) reindexOnce(ctx context.Context) error {
 	r.reindexing.Lock()
 	defer r.reindexing.Unlock()
 	if r.reindexed {
@@ -417,6 +418,9 @@ func (r *Repository) reindexOnce() error {
 	r.log.Warn("the index lacks a chunk that a restore point needs; entering all segments again")
 	// Of a chunk with several records the latest counts.
 	for _, seg := range slices.Backward(r.segments.sealedSegments()) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if err := r.enterMissing(seg); err != nil {
 			return err
 		}

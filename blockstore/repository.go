@@ -318,7 +318,8 @@ func (r *Repository) loadRetrying(id ID, kind recordType, dst []byte, check bool
 	}
 	// The index holds no entry that counts. After a loss of power it may lack
 	// some: the segments know.
-	if err := r.reindexOnce(); err != nil {
+	// A read has no context. It happens once, and takes what an opening without index does.
+	if err := r.reindexOnce(context.Background()); err != nil {
 		return err
 	}
 	err := r.loadOnce(id, kind, dst, check)

@@ -231,7 +231,7 @@ func TestCollectBesideSession(t *testing.T) {
 	// Small segments are put together meanwhile.
 	for i := range uint32(40) {
 		mustBackup(t, r, "small", content{5000 + i})
-		if err := r.appender.finish(); err != nil { // seals
+		if err := r.appender.finish(t.Context()); err != nil { // seals
 			t.Fatal(err)
 		}
 	}

@@ -111,6 +111,7 @@ func (s *segmentSet) protect(session *Session, id ID, loc location) bool {
 	}
 	session.marks.set(loc)
 	session.loose[id] = struct{}{}
+	session.unlisted.Store(int64(len(session.loose)))
 	return true
 }
 
@@ -119,9 +120,11 @@ func (s *segmentSet) listed(session *Session, node ID, children *[Fanout]ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	session.nodes[node] = struct{}{}
+	delete(session.loose, node)
 	for i := range children {
 		delete(session.loose, children[i])
 	}
+	session.unlisted.Store(int64(len(session.loose)))
 }
 
 // sessionNeeds are the ids that a session rests on.

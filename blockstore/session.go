@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,8 +22,13 @@ type Session struct {
 	// Guarded by segmentSet.mu. A collection decides by the marks and confirms by the ids.
 	marks marks
 	nodes map[ID]struct{} // map nodes that were put
-	loose map[ID]struct{} // what was put and no node lists yet
+	loose map[ID]struct{} // chunks that were put and no node lists yet, and nodes being put
+
+	unlisted atomic.Int64 // how many are loose
 }
+
+// maxUnlisted is how many chunks a session may have put that no node lists.
+const maxUnlisted = 1 << 20
 
 // Begin starts a session. It must be closed.
 func (r *Repository) Begin() *Session {
@@ -108,10 +114,14 @@ type Stored struct {
 func (r *Repository) ID(chunk []byte) ID { return r.hash(chunkRecord, chunk) }
 
 // Put stores a chunk, ChunkSize bytes with the id given (see Repository.ID), unless the
-// repository has it. It is durable after Commit.
+// repository has it. It is durable after Commit. The node that lists it should be put soon: up to
+// 1 Mi chunks may wait for theirs.
 func (s *Session) Put(id ID, chunk []byte) (Stored, error) {
 	if len(chunk) != s.r.chunkSize {
 		panic(fmt.Sprintf("blockstore: internal error: chunk of %d bytes", len(chunk)))
+	}
+	if s.unlisted.Load() >= maxUnlisted {
+		return Stored{}, fmt.Errorf("put chunk: no map node lists the last %d chunks; put their nodes first", maxUnlisted)
 	}
 	return s.put(id, chunkRecord, chunk)
 }
