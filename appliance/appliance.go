@@ -176,6 +176,8 @@ type InitResult struct {
 	Data      string `json:"data"` // its folder
 	ChunkSize int64  `json:"chunk_size"`
 	Encrypted bool   `json:"encrypted"`
+	// DeleteQuarantine is how long deleted points are kept, in seconds.
+	DeleteQuarantine int64 `json:"delete_quarantine_seconds"`
 }
 
 // Init makes a repository in dir, which is created if need be.
@@ -208,7 +210,10 @@ func Init(dir string, o InitOptions) (InitResult, error) {
 	if err := blockstore.Create(dir, create); err != nil {
 		return InitResult{}, fmt.Errorf("make a repository: %w", err)
 	}
-	return InitResult{Data: dir, ChunkSize: o.ChunkSize, Encrypted: create.Passphrase != "" || len(o.Recipients) > 0}, nil
+	return InitResult{
+		Data: dir, ChunkSize: o.ChunkSize, Encrypted: create.Passphrase != "" || len(o.Recipients) > 0,
+		DeleteQuarantine: int64(o.DeleteQuarantine / time.Second),
+	}, nil
 }
 
 // readPassphrase returns a file's content without the newline at its end.

@@ -32,6 +32,7 @@ var kinds = []struct {
 	{errRefused, Refused},
 	{nbdserver.ErrInvalid, Invalid},
 
+	{errUnprotected, Failed}, // also where the guard's socket is missing
 	// Damage first: it may wrap the absence of a file that nobody named.
 	{blockstore.ErrDamaged, Failed},
 	{blockstore.ErrNoSpace, Failed},

@@ -102,8 +102,11 @@ func (a *Appliance) protect(ctx context.Context, id blockstore.PointID, length t
 	return false, unprotected(id, err)
 }
 
+// errUnprotected means that a lock holds in Holdfast alone, though there is a guard.
+var errUnprotected = errors.New("it is locked, but not all of its files are immutable")
+
 func unprotected(id blockstore.PointID, err error) error {
-	return fmt.Errorf("point %.8s is locked, but not all of its files are immutable: %w; when that is mended, lock it again for longer", id, err)
+	return fmt.Errorf("point %.8s: %w: %w; when that is mended, lock it again for longer", id, errUnprotected, err)
 }
 
 // releaseEnded has the guard make the files writable again whose locks are over. What it cannot do

@@ -89,7 +89,7 @@ type LockResult struct {
 	Immutable bool `json:"immutable"`
 }
 
-// LockPoint locks a point for a time from now on, or if that is 0 until a time of this machine's clock. Until
+// LockPoint locks a point for a time from now on, or, if that is set, until a time of this machine's clock. Until
 // then nobody can delete it, and nobody shorten the lock. What the clock is set to meanwhile does not matter; time
 // in which the machine is off may not count, so the lock may last longer. If there is a guard that
 // fails to make its files immutable, that is an error, and the point is locked all the same.
@@ -98,7 +98,7 @@ func (a *Appliance) LockPoint(ctx context.Context, ref string, length time.Durat
 	if err != nil {
 		return LockResult{}, err
 	}
-	if length == 0 {
+	if !until.IsZero() {
 		length = time.Until(until)
 	}
 	if err := checkLock(length); err != nil {
@@ -113,8 +113,11 @@ func (a *Appliance) LockPoint(ctx context.Context, ref string, length time.Durat
 }
 
 func checkLock(length time.Duration) error {
-	if length <= 0 || length > blockstore.MaxLock {
-		return invalid("lock for %v: want a time to come, up to 100 years", length)
+	switch {
+	case length <= 0:
+		return invalid("the lock would be over already; choose a time to come")
+	case length > blockstore.MaxLock:
+		return invalid("a lock lasts up to 100 years; choose a shorter time")
 	}
 	return nil
 }
@@ -133,7 +136,7 @@ func (a *Appliance) SetDeleteQuarantine(length time.Duration) error {
 
 func checkQuarantine(length time.Duration) error {
 	if length < 0 || length > blockstore.MaxQuarantine {
-		return invalid("keep deleted points for %v: want 0 up to 10 years", length)
+		return invalid("deleted points are kept for up to 10 years; choose a shorter time")
 	}
 	return nil
 }

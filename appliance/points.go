@@ -190,6 +190,9 @@ func (a *Appliance) DeletePoints(ctx context.Context, refs []string) ([]string, 
 		if err := a.needed(id); err != nil {
 			return []string{}, err
 		}
+		if err := a.repo.Deletable(id); err != nil {
+			return []string{}, fmt.Errorf("nothing was deleted: %w", err)
+		}
 	}
 	deleted := []string{}
 	for _, id := range ids {

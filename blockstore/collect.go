@@ -44,7 +44,7 @@ type CollectResult struct {
 	LiveChunks int64 `json:"live_chunks"` // records that points need, map nodes included
 	DeadChunks int64 `json:"dead_chunks"` // records that nobody needs
 	DeadBytes  int64 `json:"dead_bytes"`  // what those take
-	FreedBytes int64 `json:"freed_bytes"` // given back to the file system
+	FreedBytes int64 `json:"freed_bytes"` // given back to the file system; of a dry run, about what would be
 	// ImmutableBytes are those of DeadBytes that stay because their files carry the immutable
 	// attribute.
 	ImmutableBytes int64 `json:"immutable_bytes"`
@@ -225,7 +225,11 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 			return err
 		}
 		c.progress(PhaseSweep, done, c.size)
-		if cand.worth && !c.o.DryRun {
+		switch {
+		case !cand.worth:
+		case c.o.DryRun:
+			c.result.FreedBytes += cand.deadBytes
+		default:
 			if err := c.take(ctx, cand); err != nil {
 				return fmt.Errorf("collect segment %s: %w", cand.seg.path, err)
 			}

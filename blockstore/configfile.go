@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
 )
@@ -50,6 +51,8 @@ func wholeConfigs(fsys durable.FS, dir string, states []configState) ([]*configS
 			whole = append(whole, s)
 		case errors.Is(s.err, os.ErrNotExist):
 			missing++
+		case errors.Is(s.err, os.ErrPermission), errors.Is(s.err, syscall.ENOTDIR):
+			return nil, s.err // no damage
 		default:
 			damage = errors.Join(damage, fmt.Errorf("%s: %w", filepath.Join(dir, s.name), s.err))
 		}

@@ -106,8 +106,11 @@ type CorruptError struct {
 }
 
 func (e *CorruptError) Error() string {
-	if e.Segment == "" {
+	switch {
+	case e.Segment == "":
 		return fmt.Sprintf("chunk %.16s: %v", e.ID, e.Err)
+	case e.ID.IsNull():
+		return fmt.Sprintf("segment %s at offset %d: %v", e.Segment, e.Off, e.Err)
 	}
 	return fmt.Sprintf("chunk %.16s in segment %s at offset %d: %v", e.ID, e.Segment, e.Off, e.Err)
 }

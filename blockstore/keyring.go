@@ -147,7 +147,7 @@ func (r *Repository) addKey(n NewKey, enter func(*config, wrappedKey) error) (Ad
 func findKey(list []wrappedKey, id string) (int, error) {
 	i := slices.IndexFunc(list, func(w wrappedKey) bool { return w.ID == id })
 	if i < 0 {
-		return i, fmt.Errorf("key %s: %w", id, ErrNotFound)
+		return i, fmt.Errorf("key %q: %w; key list shows those that are there", id, ErrNotFound)
 	}
 	return i, nil
 }

@@ -20,6 +20,9 @@ func lock(dir string, watch *durable.Watcher) (unlock func(), err error) {
 	path := filepath.Join(dir, lockFile)
 	defer watch.Begin(durable.Opening, &path).End()
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if errors.Is(err, unix.EROFS) || errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("%w; a repository is opened for writing: make it writable, or open a copy of it", err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -193,10 +193,10 @@ func (r *Repository) DeletePoint(id PointID) error {
 		delete(r.damagedPoints, id)
 		return r.settleLocked()
 	}
-	now := r.clock.Now()
-	if now.Before(l.LockedUntil) {
-		return fmt.Errorf("point %s: %w until %s; it can be deleted then", id, ErrLocked, stamp(r.clock.Wall(l.LockedUntil)))
+	if err := r.deletableLocked(id); err != nil {
+		return err
 	}
+	now := r.clock.Now()
 	l.Deleted, l.PurgeAfter = now, now
 	if !damaged {
 		l.PurgeAfter = now.Add(r.catalog.Quarantine)
@@ -210,6 +210,21 @@ func (r *Repository) DeletePoint(id PointID) error {
 		delete(r.points, id)
 	}
 	return err
+}
+
+// Deletable returns an ErrLocked if a point is locked.
+func (r *Repository) Deletable(id PointID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.deletableLocked(id)
+}
+
+func (r *Repository) deletableLocked(id PointID) error {
+	until := r.lockedUntil(id)
+	if until.IsZero() {
+		return nil
+	}
+	return fmt.Errorf("point %s: %w until %s; it can be deleted then", id, ErrLocked, stamp(until))
 }
 
 // UndeletePoint brings a deleted point back that is not purged yet.

@@ -46,6 +46,10 @@ func (r *Repository) loadSegments(ctx context.Context, progress func(done, total
 			r.segments.add(seg)
 			continue
 		}
+		if ok && sum.Generation == generation {
+			r.log.Error("a segment has not the length with which it was sealed; repo verify tells what is missing",
+				attrSegment(seg), slog.Int64("bytes", info.Size()), slog.Int64("want_bytes", sum.Size))
+		}
 		unknown = append(unknown, seg)
 	}
 	// Ascending, and after those that are known: where two segments hold the same chunk, the later

@@ -30,6 +30,7 @@ func (p *repair) points(ctx context.Context) error {
 			Point: problem.ID, VM: problem.VM, Time: problem.Time, Done: p.o.Apply,
 		}
 		var do func(RepairAction) error
+		lost := false
 		switch problem.Kind {
 		case ProblemCatalog:
 			a.Kind, a.Action, do = RepairCatalog, "write the catalog of points anew", p.writeCatalog
@@ -38,22 +39,23 @@ func (p *repair) points(ctx context.Context) error {
 		case ProblemUnlisted:
 			a.Action, do = "move the file to the quarantine: it is no point", p.moveUnlisted
 		case ProblemMissing:
-			a.Action, do = "strike the point off the list: it is lost", p.dropPoint
+			a.Action, do = "strike the point off the list: it is lost, unless its file is brought back first", p.dropPoint
+			lost = true
 		default:
 			a.Action, do = "move the file to the quarantine and strike the point off the list: it is lost", p.dropPoint
+			lost = true
 		}
 		fixed, err := p.r.fs.Immutable(filepath.Join(p.r.dir, problem.File))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
-		if fixed {
+		switch {
+		case fixed:
 			a.Action, a.Done = "none: the file carries the immutable attribute; take that off and repair again", false
-		} else if p.o.Apply {
-			err := do(a)
-			if errors.Is(err, ErrLocked) {
-				a.Action, a.Done, err = "none: the point is locked; bring its file back", false, nil
-			}
-			if err != nil {
+		case lost && p.r.Deletable(problem.ID) != nil:
+			a.Action, a.Done = "none: the point is locked; bring its file back", false
+		case p.o.Apply:
+			if err := do(a); err != nil {
 				return err
 			}
 		}
@@ -135,12 +137,8 @@ func (p *repair) moveUnlisted(a RepairAction) error {
 // dropPoint deletes a point that nobody can read; its file, if there is one, is kept.
 func (p *repair) dropPoint(a RepairAction) error {
 	p.r.mu.Lock()
-	locked := !p.r.lockedUntil(a.Point).IsZero()
 	missing := errors.Is(p.r.damagedPoints[a.Point], errMissing)
 	p.r.mu.Unlock()
-	if locked {
-		return ErrLocked
-	}
 	if !missing {
 		if err := p.quarantine(a.File); err != nil {
 			return err

@@ -3,17 +3,19 @@ package blockstore
 import (
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
 	"github.com/holdfast-backup/holdfast/internal/faultfs"
 )
 
-// tree lists the files below a folder but for the index, with their sizes.
+// listFiles lists the files below a folder but for the index, with their sizes.
 func listFiles(t *testing.T, dir string) []string {
 	t.Helper()
 	var out []string
@@ -237,6 +239,39 @@ func TestRepairPoints(t *testing.T) {
 			r = open(t, dir, Options{})
 		}
 		closeOnce(t, r)
+	}
+}
+
+// A dry run knows as well as a repair that a locked point stays, and a segment that was cut is told of.
+func TestRepairLockedPoint(t *testing.T) {
+	t.Parallel()
+	dir := createIn(t, memoryDir(t), CreateOptions{})
+	r := open(t, dir, Options{})
+	p := mustBackup(t, r, "vm", numbers(1, 3))
+	if _, err := r.LockPoint(p.ID, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Deletable(p.ID); !errors.Is(err, ErrLocked) {
+		t.Errorf("got %v, want ErrLocked", err)
+	}
+	closeOnce(t, r)
+	if err := os.Remove(filepath.Join(dir, pointsDir, string(p.ID)+pointSuffix)); err != nil {
+		t.Fatal(err)
+	}
+	segments := listFiles(t, filepath.Join(dir, segmentsDir))
+	if err := os.Truncate(filepath.Join(dir, segmentsDir, segments[0]), 5000); err != nil {
+		t.Fatal(err)
+	}
+	w := newWarnings()
+	r = open(t, dir, Options{Log: slog.New(w)})
+	if !w.has("not the length") {
+		t.Errorf("a segment that was cut: got warnings %q", *w.text)
+	}
+	for _, apply := range []bool{false, true} {
+		got, err := r.Repair(t.Context(), RepairOptions{Apply: apply})
+		if err != nil || len(got.Actions) != 1 || got.Actions[0].Done || !strings.Contains(got.Actions[0].Action, "is locked") {
+			t.Errorf("apply %v: got %+v, %v, want a point that is locked", apply, got, err)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 
 	"github.com/spf13/cobra"
 
@@ -25,6 +26,12 @@ are faster to restore. The chunk size cannot be changed later.`,
   holdfast init --passphrase-file /root/holdfast.key
   holdfast init --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p`,
 		Args: cobra.NoArgs,
+		PreRunE: func(*cobra.Command, []string) error {
+			if p.identityFile != "" && p.passphraseFile == "" && len(o.Recipients) == 0 {
+				return errors.New("an identity encrypts nothing; name its public key with --recipient")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.PassphraseFile = p.passphraseFile
 			var r appliance.InitResult

@@ -71,6 +71,9 @@ func TestKeepPoints(t *testing.T) {
 		t.Errorf("a backup that is locked for 30 days is locked until %v", backup.LockedUntil)
 	}
 	refused(exitRefused, "locked", "point", "delete", backup.Point)
+	third := strings.TrimSpace(strings.Fields(ok(t, "--data", data, "backup", "image", image, "--vm", "web"))[1])
+	refused(exitRefused, "nothing was deleted", "point", "delete", third, backup.Point)
+	ok(t, "--data", data, "point", "show", third)
 	var changes []struct{ Op string }
 	decode(t, ok(t, "--data", data, "point", "log", "--json"), &changes)
 	if n := len(changes); n < 10 || changes[n-1].Op != "commit" {
@@ -96,14 +99,29 @@ func TestVerifySince(t *testing.T) {
 	}
 }
 
+func TestDuration(t *testing.T) {
+	t.Parallel()
+	for want, d := range map[string]time.Duration{
+		"0s": 0, "7d": 168 * time.Hour, "1d12h": 36 * time.Hour, "2m": 2 * time.Minute, "1h5m": 65 * time.Minute, "20s": 20 * time.Second, "10m": 10 * time.Minute,
+	} {
+		if got := duration(d); got != want {
+			t.Errorf("%v: got %q, want %q", d, got, want)
+		}
+	}
+}
+
 func TestParseDuration(t *testing.T) {
 	t.Parallel()
 	const day = 24 * time.Hour
 	for s, want := range map[string]time.Duration{
 		"30d": 30 * day, "12h": 12 * time.Hour, "1d12h": 36 * time.Hour, "0": 0, "0d": 0, "90m": 90 * time.Minute,
 	} {
-		if got, err := parseDuration(s); err != nil || got != want {
+		got, err := parseDuration(s)
+		if err != nil || got != want {
 			t.Errorf("%q: got %v, %v, want %v", s, got, err, want)
+		}
+		if again, err := parseDuration(duration(got)); err != nil || again != got {
+			t.Errorf("%v is written %q: got %v, %v", got, duration(got), again, err)
 		}
 	}
 	for _, s := range []string{"", "d", "7", "-1d", "-1h", "1d-1h", "1.5d", "1dd", "999999999999d", "soon"} {

@@ -41,7 +41,7 @@ func (p *program) keyListCommand() *cobra.Command {
 				}
 				t := newTable("KEY", "", "KIND", "CREATED", "LABEL", "RECIPIENT")
 				for _, k := range keys {
-					current := ""
+					current := " "
 					if k.Current {
 						current = "*"
 					}

@@ -53,7 +53,7 @@ func (p *program) pointListCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&vm, "vm", "", "only points of this VM (`name`)")
+	cmd.Flags().Var((*textFlag)(&vm), "vm", "only points of this VM (`name`)")
 	cmd.Flags().BoolVar(&deleted, "deleted", false, "list the deleted points that point undelete can bring back")
 	return cmd
 }
@@ -79,12 +79,12 @@ func sizeOf(point appliance.Point) int64 {
 	return sum
 }
 
-// lock returns how a lock's end is shown.
+// lock returns how a lock's end is shown: in whole seconds, not before it.
 func lock(until time.Time) string {
 	if until.IsZero() {
 		return "-"
 	}
-	return stamp(until)
+	return stamp(until.Add(time.Second - 1).Truncate(time.Second))
 }
 
 func (p *program) pointShowCommand() *cobra.Command {
@@ -123,8 +123,8 @@ func (p *program) pointDeleteCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "delete POINT…",
 		Short: "Delete restore points",
-		Long: `Delete restore points. If one of them is not there, none is deleted. A point that is locked
-is not deleted: exit status 4.
+		Long: `Delete restore points. If one of them is not there, or is locked (exit status 4), none is
+deleted.
 
 What only they needed keeps its space until repo gc gives it back, and until then
 point undelete brings them back. The repository may keep them for longer:
@@ -208,7 +208,7 @@ can remove them from the data folder.`,
 		},
 	}
 	cmd.Flags().Var((*durationFlag)(&length), "for", "lock for this `time` from now on, such as 30d or 12h")
-	cmd.Flags().TimeVar(&until, "until", until, []string{time.RFC3339}, "lock until this `time`, such as 2027-01-31T18:00:00Z")
+	cmd.Flags().Var((*timeFlag)(&until), "until", "lock until this `time`, such as 2027-01-31T18:00:00Z")
 	cmd.MarkFlagsOneRequired("for", "until")
 	cmd.MarkFlagsMutuallyExclusive("for", "until")
 	return cmd
@@ -227,7 +227,7 @@ by the repository's own clock, which may be behind: see point lock.`,
 				changes := a.Changes()
 				t := newTable("CHANGE", "TIME", "WHAT", "POINT", "UNTIL")
 				for _, c := range changes {
-					t.row(fmt.Sprint(c.Seq), stamp(c.At.Truncate(time.Second)), string(c.Op), fmt.Sprintf("%.12s", c.Point), lock(c.Until.Truncate(time.Second)))
+					t.row(fmt.Sprint(c.Seq), stamp(c.At.Truncate(time.Second)), string(c.Op), fmt.Sprintf("%.12s", c.Point), lock(c.Until))
 				}
 				if len(changes) == 0 {
 					return p.print(changes, "nothing was done yet\n")

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -35,13 +37,16 @@ func newTable(titles ...string) *table {
 	t := &table{}
 	t.w = tabwriter.NewWriter(&t.text, 0, 0, 2, ' ', 0)
 	if len(titles) > 0 {
-		t.row(titles...)
+		fmt.Fprintln(t.w, strings.Join(titles, "\t"))
 	}
 	return t
 }
 
-// row adds a line.
+// row adds a line. What is empty becomes a dash.
 func (t *table) row(cells ...string) {
+	for i, cell := range cells {
+		cells[i] = cmp.Or(cell, "-")
+	}
 	fmt.Fprintln(t.w, strings.Join(cells, "\t"))
 }
 
@@ -106,6 +111,20 @@ func (f *sizeFlag) Set(s string) error {
 	return err
 }
 
+// duration returns a time as parseDuration reads it, such as 30d or 1d12h; 0s of 0.
+func duration(d time.Duration) string {
+	const day = 24 * time.Hour
+	days, rest := d/day, d%day
+	text := ""
+	if days > 0 {
+		text = fmt.Sprintf("%dd", days)
+	}
+	if rest > 0 || days == 0 {
+		text += strings.NewReplacer("h0m0s", "h", "m0s", "m").Replace(rest.String())
+	}
+	return text
+}
+
 // parseDuration reads a time such as 30d, 12h or 1d12h.
 func parseDuration(s string) (time.Duration, error) {
 	const day = 24 * time.Hour
@@ -135,7 +154,7 @@ func (f *durationFlag) String() string {
 	if *f == 0 {
 		return "0"
 	}
-	return time.Duration(*f).String()
+	return duration(time.Duration(*f))
 }
 
 // Type names the flag's value in help.
@@ -145,6 +164,75 @@ func (f *durationFlag) Set(s string) error {
 	d, err := parseDuration(s)
 	*f = durationFlag(d)
 	return err
+}
+
+// timeFlag is a flag with a moment.
+type timeFlag time.Time
+
+// String returns nothing: there is no default.
+func (f *timeFlag) String() string { return "" }
+
+// Type names the flag's value in help.
+func (f *timeFlag) Type() string { return "time" }
+
+func (f *timeFlag) Set(s string) error {
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		return fmt.Errorf("%q is no time; want one such as 2027-01-31T18:00:00Z", s)
+	}
+	*f = timeFlag(t)
+	return nil
+}
+
+// timeoutFlag is a flag with a time that is more than 0.
+type timeoutFlag time.Duration
+
+func (f *timeoutFlag) String() string { return duration(time.Duration(*f)) }
+
+// Type names the flag's value in help.
+func (f *timeoutFlag) Type() string { return "time" }
+
+func (f *timeoutFlag) Set(s string) error {
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 {
+		return fmt.Errorf("%q is no time to wait; want one such as 30s or 2m", s)
+	}
+	*f = timeoutFlag(d)
+	return nil
+}
+
+// textFlag is a flag that says something if it is given: an empty one, as of a variable that is not set, is
+// an error.
+type textFlag string
+
+func (f *textFlag) String() string { return string(*f) }
+
+// Type names the flag's value in help.
+func (f *textFlag) Type() string { return "string" }
+
+func (f *textFlag) Set(s string) error {
+	if s == "" {
+		return errors.New("it is empty; leave the flag out, or say what you mean")
+	}
+	*f = textFlag(s)
+	return nil
+}
+
+// shareFlag is a flag with a share in percent.
+type shareFlag float64
+
+func (f *shareFlag) String() string { return strconv.FormatFloat(float64(*f), 'f', -1, 64) }
+
+// Type names the flag's value in help.
+func (f *shareFlag) Type() string { return "percent" }
+
+func (f *shareFlag) Set(s string) error {
+	v, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(v > 0 && v <= 100) { // NaN neither
+		return fmt.Errorf("%q is no share; want more than 0, up to 100", s)
+	}
+	*f = shareFlag(v)
+	return nil
 }
 
 // required marks flags of cmd as required.

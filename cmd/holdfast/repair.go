@@ -47,10 +47,14 @@ content heals them. Exit status 1 if something is left to do.`,
 
 // printRepaired prints what a repair found; what is left to do is an error.
 func (p *program) printRepaired(r appliance.RepairResult) error {
-	t := newTable("KIND", "FILE", "POINT", "VM", "DISK", "REASON", "ACTION")
+	t := newTable("KIND", "FILE", "POINT", "VM", "DISK", "OFFSET", "REASON", "ACTION")
 	for _, a := range r.Actions {
 		point := fmt.Sprintf("%.12s", a.Point)
-		t.row(a.Kind, oneLine(a.File), point, oneLine(a.VM), a.Disk, oneLine(a.Reason), oneLine(a.Action))
+		offset := ""
+		if a.Disk != "" {
+			offset = fmt.Sprint(a.Offset)
+		}
+		t.row(a.Kind, oneLine(a.File), point, oneLine(a.VM), a.Disk, offset, oneLine(a.Reason), oneLine(a.Action))
 	}
 	text := t.String()
 	if len(r.Actions) == 0 {

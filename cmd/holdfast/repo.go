@@ -42,7 +42,7 @@ func (p *program) repoStatsCommand() *cobra.Command {
 				t.row("segments", fmt.Sprint(s.Segments))
 				t.row("encrypted", encrypted)
 				t.row("deleted points", fmt.Sprint(s.DeletedPoints))
-				t.row("kept when deleted", (time.Duration(s.DeleteQuarantine) * time.Second).String())
+				t.row("kept when deleted", kept(time.Duration(s.DeleteQuarantine)*time.Second))
 				t.row("head", s.Head)
 				return p.print(s, "%s", t)
 			})
@@ -52,7 +52,7 @@ func (p *program) repoStatsCommand() *cobra.Command {
 
 func (p *program) repoVerifyCommand() *cobra.Command {
 	o := appliance.VerifyOptions{}
-	percent, rate := 100.0, sizeFlag(0)
+	percent, rate := shareFlag(100), sizeFlag(0)
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Read the repository back and check every hash",
@@ -75,10 +75,7 @@ put the repository back to an earlier state, that is damage.`,
   holdfast repo verify --since 42:8d7c…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.Percent = percent; percent == 0 {
-				o.Percent = -1 // 0 would be all
-			}
-			o.Rate = int64(rate)
+			o.Percent, o.Rate = float64(percent), int64(rate)
 			return p.open(cmd.Context(), func(a *appliance.Appliance) error {
 				r, err := a.Verify(cmd.Context(), o, p.progress())
 				if err != nil {
@@ -90,11 +87,11 @@ put the repository back to an earlier state, that is damage.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.Float64Var(&percent, "percent", percent, "share of the stored bytes to read, more than 0")
+	flags.Var(&percent, "percent", "`share` of the stored bytes to read, more than 0")
 	flags.StringArrayVar(&o.Points, "point", nil, "only what this `POINT` needs; may be given more than once")
-	flags.StringVar(&o.VM, "vm", "", "only what the points of this VM (`name`) need")
+	flags.Var((*textFlag)(&o.VM), "vm", "only what the points of this VM (`name`) need")
 	flags.BoolVar(&o.Resume, "resume", false, "go on with a verification of everything that was interrupted")
-	flags.StringVar(&o.Since, "since", "", "the repository must have been in the state of this `head`: see repo stats")
+	flags.Var((*textFlag)(&o.Since), "since", "the repository must have been in the state of this `head`: see repo stats")
 	flags.Var(&rate, "rate", "bytes to read in a second, at most; 0 is no bound")
 	return cmd
 }
@@ -115,8 +112,19 @@ func (p *program) printVerified(r appliance.VerifyResult) error {
 	if err := p.print(r, "%s", t); err != nil {
 		return err
 	}
-	return fmt.Errorf("verify %s: %d places are damaged, %d chunks; back the VMs up again to heal chunks, and see what repo repair would do",
-		p.data, len(r.Errors), r.DamagedChunks)
+	heal := ""
+	if r.DamagedChunks > 0 {
+		heal = "back the VMs up again to heal chunks, and "
+	}
+	return fmt.Errorf("verify %s: found %d errors, %d damaged chunks; %ssee what repo repair would do", p.data, len(r.Errors), r.DamagedChunks, heal)
+}
+
+// kept returns how long deleted points are kept.
+func kept(d time.Duration) string {
+	if d == 0 {
+		return "until repo gc"
+	}
+	return "for " + duration(d)
 }
 
 func (p *program) repoSetCommand() *cobra.Command {
@@ -137,7 +145,7 @@ from now on. Their space comes back with the first repo gc after that.`,
 				r := struct {
 					Seconds int64 `json:"delete_quarantine_seconds"`
 				}{int64(quarantine / time.Second)}
-				return p.print(r, "points are kept for %v when they are deleted\n", quarantine)
+				return p.print(r, "points that are deleted are kept %s\n", kept(quarantine))
 			})
 		},
 	}

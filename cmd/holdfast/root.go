@@ -55,7 +55,8 @@ func (p *program) rootCommand() *cobra.Command {
 		"`file` with age identities that open an encrypted repository (or HOLDFAST_IDENTITY_FILE)")
 	flags.StringVar(&p.guard, "guard", os.Getenv("HOLDFAST_GUARD"),
 		"`socket` of holdfast-guard, none for no guard (or HOLDFAST_GUARD; default /run/holdfast-guard.sock if it is there)")
-	flags.DurationVar(&p.storageTimeout, "storage-timeout", appliance.DefaultStorageTimeout,
+	p.storageTimeout = appliance.DefaultStorageTimeout
+	flags.Var((*timeoutFlag)(&p.storageTimeout), "storage-timeout",
 		"how long one read or write may take before a command fails; slow storage that answers is waited for")
 	root.AddCommand(p.initCommand(), p.backupCommand(), p.pointCommand(), p.exportCommand(), p.mountCommand(),
 		p.unmountCommand(), p.restoreCommand(), p.repoCommand(), p.keyCommand(), p.versionCommand())

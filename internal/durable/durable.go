@@ -270,9 +270,9 @@ func ReadFile(fsys FS, name string, limit int64) ([]byte, error) {
 	data := make([]byte, size)
 	if n, err := f.ReadAt(data, 0); n < len(data) {
 		if err == nil || errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
+			err = fmt.Errorf("read %s: %w", name, io.ErrUnexpectedEOF)
 		}
-		return nil, fmt.Errorf("read %s: %w", name, err)
+		return nil, err
 	}
 	return data, nil
 }
