@@ -438,3 +438,26 @@ func (w *walk) aftermath(t *testing.T, m *machine) {
 	}
 	m.check(t)
 }
+
+// A segment's removal is reported as failed and has happened all the same: nothing rests on the
+// segment, and nobody misses it.
+func TestRemovalIsReportedAsFailed(t *testing.T) {
+	t.Parallel()
+	w := &walk{base: newMachine(machineFolder(t), "")}
+	w.fill(t)
+	for n, hit := 1, true; hit; n++ {
+		m := w.start(t)
+		if err := m.delete("doomed"); err != nil {
+			t.Fatal(err)
+		}
+		m.fs.Fail(faultfs.Fault{Kinds: faultfs.Remove, N: n, Effect: faultfs.Whole})
+		_ = m.collect(t) // it may say so
+		hit = m.fs.Hit()
+		m.fs.Fail(faultfs.Fault{})
+		if err := errors.Join(m.verify(t), m.backup(t, "new", doomed), m.verify(t)); err != nil {
+			t.Errorf("removal %d: %v", n, err)
+		}
+		m.kill()
+		w.again(t, m)
+	}
+}

@@ -131,7 +131,8 @@ func (c *collection) putBack() error {
 	return errors.Join(failed...)
 }
 
-// revive enters a sealed segment that was dropped into the live set and the index again.
+// revive enters a sealed segment that was dropped into the live set and the index again, if it
+// has a file.
 func (r *Repository) revive(dropped *segment) error {
 	seg := &segment{
 		number: dropped.number, generation: dropped.generation,
@@ -139,6 +140,10 @@ func (r *Repository) revive(dropped *segment) error {
 	}
 	r.segments.add(seg)
 	_, err := r.entries(seg)
+	if errors.Is(err, os.ErrNotExist) {
+		r.segments.drop(seg) // a removal that failed has happened all the same
+		return nil
+	}
 	if err == nil {
 		err = r.enterMissing(seg)
 	}
