@@ -439,7 +439,7 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 		if ok = ok && at != from && c.r.segments.holds(at); ok && c.r.Damaged(e.ID) {
 			// It may be the one that is bad, and this one good.
 			err = c.r.loadOnce(e.ID, e.Type, make([]byte, e.Raw, e.Raw+decodeSlack), true)
-			if ok = err == nil; errors.Is(err, ErrDamaged) {
+			if ok = err == nil; errors.Is(err, ErrDamaged) || errors.Is(err, errGone) {
 				err = nil
 			}
 		}

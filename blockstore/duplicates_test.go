@@ -232,3 +232,41 @@ func TestRepairImmutablePoint(t *testing.T) {
 	}
 	checkSound(t, r)
 }
+
+// A segment that a repair replaced does not come back in the place of one that got its number since.
+func TestRestoredSegmentHidesNone(t *testing.T) {
+	t.Parallel()
+	for _, first := range []bool{false, true} { // in the order of names
+		dir := create(t, CreateOptions{})
+		r := open(t, dir, Options{})
+		c := numbers(1, 20)
+		p := mustBackup(t, r, "vm", c)
+		closeOnce(t, r)
+		old := segmentName(1, 0, segmentSuffix)
+		if !first {
+			old = segmentName(1, 1<<64-1, segmentSuffix)
+		}
+		from := filepath.Join(dir, quarantineDir, "20260101T000000Z", segmentsDir)
+		must(t, os.MkdirAll(from, 0o700))
+		must(t, os.WriteFile(filepath.Join(from, old), mustRead(t, segmentFiles(t, dir, segmentSuffix)[0]), 0o600))
+		restored, kept, err := RestoreQuarantine(dir, "20260101T000000Z")
+		if err != nil || len(restored) > 0 || len(kept) != 1 {
+			t.Errorf("got %v and %v, %v, want it kept", restored, kept, err)
+		}
+		r = open(t, dir, Options{})
+		checkDisk(t, r, p.ID, c)
+	}
+}
+
+// What was verified by a clock that ran ahead is verified again, and not passed over until then.
+func TestVerifiedInTheFuture(t *testing.T) {
+	t.Parallel()
+	r := open(t, create(t, CreateOptions{}), Options{})
+	mustBackup(t, r, "vm", numbers(1, 20))
+	must(t, r.appender.finish(t.Context()))
+	must(t, r.verified(r.segments.sealedSegments()[0], time.Now().Add(1000*time.Hour)))
+	must(t, r.index.write(func(w indexWrite) error { return w.setVerifyBegan(time.Now().Unix()) }))
+	if v, err := r.Verify(t.Context(), VerifyOptions{Resume: true}); err != nil || !v.Resumed || v.CheckedChunks != 21 {
+		t.Errorf("got %+v, %v, want all read", v, err)
+	}
+}

@@ -373,7 +373,7 @@ func (r *Repository) PointProblems() []PointProblem {
 	var out []PointProblem
 	if r.catalog.Lost != "" {
 		out = append(out, PointProblem{Kind: ProblemCatalog, File: pointsDir + "/" + catalogFile, Err: fmt.Errorf(
-			"the catalog of points was lost: %s; points that can be read are listed; which of them were deleted, and locks set after their backups, are forgotten; repair writes a new catalog",
+			"the catalog of points was lost: %s; points that can be read are listed; which of them were deleted, locks set after their backups, and for how long deleted points are kept, are forgotten; repair writes a new catalog",
 			r.catalog.Lost)})
 	}
 	for _, p := range r.catalogErrs {

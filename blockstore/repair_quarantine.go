@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/holdfast-backup/holdfast/internal/durable"
@@ -90,7 +91,7 @@ func openQuarantine(dir, stamp string) (r Replaced, unlock func(), err error) {
 }
 
 // RestoreQuarantine puts the files that a repair replaced back to where they were, as far as no file of
-// the name is there: those stay in quarantine, and are returned. Nobody may have the repository
+// the name is there, and no segment of the number: those stay in quarantine, and are returned. Nobody may have the repository
 // open. Its index is made anew at the next opening.
 func RestoreQuarantine(dir, stamp string) (restored, kept []string, err error) {
 	r, unlock, err := openQuarantine(dir, stamp)
@@ -103,11 +104,13 @@ func RestoreQuarantine(dir, stamp string) (restored, kept []string, err error) {
 	folder := filepath.Join(dir, quarantineDir, stamp)
 	for _, name := range r.Files {
 		from, to := filepath.Join(folder, name), filepath.Join(dir, name)
-		if _, err := os.Lstat(to); err == nil {
+		taken, err := isTaken(to)
+		if err != nil {
+			return restored, kept, err
+		}
+		if taken {
 			kept = append(kept, name)
 			continue
-		} else if !errors.Is(err, os.ErrNotExist) {
-			return restored, kept, err
 		}
 		// Old records must not count where newer ones do: the index, made anew, takes the newer.
 		if _, err := emptyIndex(filepath.Join(dir, indexDir)); err != nil {
@@ -125,6 +128,23 @@ func RestoreQuarantine(dir, stamp string) (restored, kept []string, err error) {
 		return restored, kept, nil
 	}
 	return restored, kept, removeFolder(fsys, folder)
+}
+
+// isTaken reports whether something has a file's name, or a segment its number: of two segments of a number only
+// one counts.
+func isTaken(path string) (bool, error) {
+	if _, err := os.Lstat(path); err == nil || !errors.Is(err, os.ErrNotExist) {
+		return err == nil, err
+	}
+	number, _, ok := parseSegmentName(filepath.Base(path))
+	if !ok {
+		return false, nil
+	}
+	others, err := os.ReadDir(filepath.Dir(path))
+	return slices.ContainsFunc(others, func(e os.DirEntry) bool {
+		other, _, ok := parseSegmentName(e.Name())
+		return ok && other == number
+	}), err
 }
 
 // RemoveQuarantine removes what a repair replaced for good. Nobody may have the repository open.

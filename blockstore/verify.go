@@ -313,11 +313,21 @@ func (v *verification) pass(segments []*segment) {
 	v.passed = map[uint64]bool{}
 	v.r.segments.mu.Lock()
 	defer v.r.segments.mu.Unlock()
+	now := time.Now()
 	for _, s := range segments {
-		if s.summary.VerifiedSec >= v.since {
+		if s.summary.verified(now) >= v.since {
 			v.passed[s.number] = true
 		}
 	}
+}
+
+// verified returns when the segment was verified last, in Unix time. What a clock wrote that ran ahead counts as
+// never: the segment would be passed over until then.
+func (s summary) verified(now time.Time) int64 {
+	if s.VerifiedSec > now.Unix() {
+		return 0
+	}
+	return s.VerifiedSec
 }
 
 // fail notes that a chunk or node cannot be had.

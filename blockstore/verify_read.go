@@ -129,9 +129,10 @@ func (r *Repository) checkHeader(seg *segment) error {
 func (v *verification) read(ctx context.Context) error {
 	segments := v.r.segments.sealedSegments()
 	live, last, sizes := map[uint64]bool{}, map[*segment]int64{}, map[*segment]int64{}
+	now := time.Now()
 	v.r.segments.mu.Lock()
 	for _, s := range segments {
-		live[s.number], last[s], sizes[s] = true, s.summary.VerifiedSec, s.summary.Size
+		live[s.number], last[s], sizes[s] = true, s.summary.verified(now), s.summary.Size
 	}
 	v.r.segments.mu.Unlock()
 	for number := range v.needed {
