@@ -117,6 +117,7 @@ type collection struct {
 	nodes   int64             // in those
 
 	quarantine quarantine
+	unchecked  int64     // bytes that may be copied before the space is looked at
 	slice      time.Time // when the work began that pace measures
 	result     CollectResult
 }
@@ -458,7 +459,7 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 			c.r.claims.drop(e.ID, cl)
 			return 0, damage(&CorruptError{ID: e.ID, Segment: segmentName(seg.number, seg.generation, ""), Off: int64(e.Off), Err: err})
 		}
-		if err := c.r.checkSpace(collectShare); err != nil {
+		if err := c.checkSpace(int64(len(payload))); err != nil {
 			c.r.claims.drop(e.ID, cl)
 			return 0, err
 		}
@@ -471,6 +472,15 @@ func (c *collection) move(seg *segment, e tocEntry, from location, buf []byte) (
 		c.r.claims.stored(e.ID, cl, to)
 		return recordHeaderSize + int64(to.Stored), nil
 	}
+}
+
+// checkSpace is Repository.checkSpace for bytes that are about to be copied, as often as the appender writes.
+func (c *collection) checkSpace(length int64) error {
+	if c.unchecked -= length; c.unchecked > 0 {
+		return nil
+	}
+	c.unchecked = writeSize
+	return c.r.checkSpace(collectShare)
 }
 
 // readRecord reads a record that is to be copied. One that is known to be bad has to have the right
