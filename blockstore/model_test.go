@@ -59,6 +59,7 @@ type model struct {
 	r      *Repository
 	fs     *flakyFS
 	faulty bool // changes fail
+	failed bool // they failed in the opening before
 	stop   atomic.Bool
 
 	mu      sync.Mutex // guards the fields below
@@ -120,7 +121,7 @@ func TestModel(t *testing.T) {
 
 // round opens the repository, looks at it, uses it for a time and ends it in one way or another.
 func (m *model) round(rng *rand.Rand, length time.Duration) {
-	m.faulty = rng.IntN(2) == 0
+	m.failed, m.faulty = m.faulty, rng.IntN(2) == 0
 	killed := rng.IntN(2) == 0
 	m.open(rng)
 	m.resolve()
@@ -250,7 +251,10 @@ func (m *model) resolve() {
 		}
 	}
 	for _, p := range m.r.PointProblems() {
-		m.t.Errorf("problem: %+v", p)
+		// Its writing failed, and the process was killed before the next change had written it.
+		if !m.failed || p.File != pointsDir+"/"+catalogCopyFile {
+			m.t.Errorf("problem: %+v", p)
+		}
 	}
 	for _, bad := range m.r.DamagedPoints() {
 		m.t.Errorf("point %s is damaged: %v", bad.ID, bad.Err)
@@ -351,7 +355,7 @@ func (m *model) usable() {
 
 // last looks at everything once more: what can be undeleted comes back, and what nobody needs goes.
 func (m *model) last() {
-	m.faulty = false
+	m.failed, m.faulty = m.faulty, false
 	rng := rand.New(rand.NewPCG(0, 0))
 	m.open(rng)
 	m.resolve()
