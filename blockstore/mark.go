@@ -33,8 +33,14 @@ type foundAt struct{ segment, ordinal uint32 }
 // mark marks what the roots need in the segments.
 func (c *collection) mark(ctx context.Context, roots []root, segments []*segment) error {
 	needed := make([]uint64, 0, min(c.pass, 2*c.records+Fanout))
+	// Prefixes are spread evenly, so that many passes are of about the same size, and none is too large.
+	share := math.MaxUint64 / uint64(1+c.records/(max(c.pass/4, 1)*3))
 	for low := uint64(0); ; {
-		m := &marking{c: c, low: low, high: math.MaxUint64, needed: needed[:0], walked: map[walkedNode]struct{}{}}
+		high := low + share
+		if high < low {
+			high = math.MaxUint64
+		}
+		m := &marking{c: c, low: low, high: high, needed: needed[:0], walked: map[walkedNode]struct{}{}}
 		last := map[string]Map{} // of each disk, the map that was walked last
 		for _, root := range roots {
 			if err := m.walk(ctx, c.r.tree(root.m), c.r.tree(last[root.disk])); err != nil {
