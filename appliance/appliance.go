@@ -118,7 +118,7 @@ func Open(ctx context.Context, dir string, o Options) (*Appliance, error) {
 	if err != nil {
 		return nil, err
 	}
-	repo, err := blockstore.Open(dir, keys)
+	repo, err := blockstore.Open(ctx, dir, keys)
 	if err != nil {
 		return nil, openError(dir, err)
 	}

@@ -73,7 +73,7 @@ func backup(t *testing.T, a *appliance.Appliance, vm string, files ...string) ap
 // commit lists a point of one empty disk with an id and a time of our choice.
 func commit(t *testing.T, dir string, id blockstore.PointID, vm string, at time.Time) {
 	t.Helper()
-	repo, err := blockstore.Open(dir, blockstore.Options{})
+	repo, err := blockstore.Open(t.Context(), dir, blockstore.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package blockstore
 
 import (
-	"context"
 	"crypto/cipher"
 	"crypto/rand"
 	"encoding/binary"
@@ -189,12 +188,12 @@ func (a *appender) rollLocked() error {
 func (a *appender) drain() {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
-	a.drainFlushing(context.Background())
+	a.drainFlushing()
 }
 
-// drainFlushing is drain for a caller that holds flushing. Between segments ctx may stop it.
-func (a *appender) drainFlushing(ctx context.Context) {
-	for ctx.Err() == nil {
+// drainFlushing is drain for a caller that holds flushing. Few segments wait: see maxRolled.
+func (a *appender) drainFlushing() {
+	for {
 		a.mu.Lock()
 		if len(a.rolled) == 0 {
 			a.mu.Unlock()
@@ -269,10 +268,10 @@ func summarize(generation uint64, entries []tocEntry, size int64) summary {
 func (a *appender) flush() error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
-	a.drainFlushing(context.Background())
+	a.drainFlushing()
 	err := a.flushCurrent()
 	if err != nil {
-		a.drainFlushing(context.Background()) // cut what is not durable, before a kill makes it look so
+		a.drainFlushing() // cut what is not durable, before a kill makes it look so
 	}
 	return err
 }
@@ -346,19 +345,14 @@ func (a *appender) harden(w *writing, size int64) error {
 	return nil
 }
 
-// finish seals what is open. If ctx ends before, the next flush or full segment seals the rest.
-func (a *appender) finish(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+// finish seals what is open.
+func (a *appender) finish() error {
 	epoch := a.epoch.Load()
 	a.mu.Lock()
 	err := a.rollLocked()
 	a.mu.Unlock()
-	a.flushing.Lock()
-	a.drainFlushing(ctx)
-	a.flushing.Unlock()
-	return errors.Join(err, a.check(epoch), ctx.Err())
+	a.drain()
+	return errors.Join(err, a.check(epoch))
 }
 
 // unsealed returns the summaries of the segments that are being written.
@@ -385,7 +379,7 @@ func (a *appender) nextNumber() uint64 {
 // close seals what is open and waits for what runs. Nothing may be appended
 // afterwards.
 func (a *appender) close() error {
-	err := a.finish(context.Background())
+	err := a.finish()
 	a.background.Wait()
 	return err
 }

@@ -24,7 +24,7 @@ func openDefault(b *testing.B) (dir string, r *Repository) {
 
 func reopen(b *testing.B, dir string) *Repository {
 	b.Helper()
-	r, err := Open(dir, Options{})
+	r, err := Open(b.Context(), dir, Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -361,7 +361,7 @@ func BenchmarkOpenIndex(b *testing.B) {
 					b.StopTimer()
 					prepare()
 					b.StartTimer()
-					r, err := Open(dir, Options{})
+					r, err := Open(b.Context(), dir, Options{})
 					if err != nil {
 						b.Fatal(err)
 					}

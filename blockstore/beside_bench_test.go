@@ -16,7 +16,7 @@ import (
 func BenchmarkPutBesideCollect(b *testing.B) {
 	const maxRounds, length = 20, 1500 * time.Millisecond
 	dir, points := manyChunks(b, 1e6)
-	r, err := Open(dir, Options{})
+	r, err := Open(b.Context(), dir, Options{})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -83,7 +83,7 @@ func (r *Repository) Collect(ctx context.Context, o CollectOptions) (CollectResu
 			return CollectResult{}, fmt.Errorf("collect: deleted points cannot be purged: %w", err)
 		}
 	}
-	if err := r.appender.finish(ctx); err != nil {
+	if err := r.appender.finish(); err != nil {
 		return CollectResult{}, err
 	}
 	r.reindexAgain()
@@ -241,7 +241,7 @@ func (c *collection) sweep(ctx context.Context, segments []*segment) error {
 		return fmt.Errorf("collect: %w", err)
 	}
 	c.progress(PhaseSweep, c.size, c.size)
-	return c.r.appender.finish(ctx)
+	return c.r.appender.finish()
 }
 
 // candidates returns the segments that can be collected, the deadest first.

@@ -31,7 +31,7 @@ func manyChunks(b *testing.B, n int) (dir string, points [3]PointID) {
 	if err := Create(dir, CreateOptions{}); err != nil {
 		b.Fatal(err)
 	}
-	r, err := Open(dir, Options{SegmentSize: smallSegment})
+	r, err := Open(b.Context(), dir, Options{SegmentSize: smallSegment})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func BenchmarkCollect(b *testing.B) {
 		name := func(dead string) string { return fmt.Sprintf("chunks=%.0e/dead=%s", float64(n), dead) }
 		dir, points := manyChunks(b, n)
 		for i, dead := range []string{"none", "run", "spread"} {
-			r, err := Open(dir, Options{SegmentSize: smallSegment})
+			r, err := Open(b.Context(), dir, Options{SegmentSize: smallSegment})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -41,7 +41,7 @@ func TestCopyWhileBackingUp(t *testing.T) {
 			case 0:
 				backUp()
 			case 1:
-				if err := r.appender.finish(t.Context()); err != nil { // seals
+				if err := r.appender.finish(); err != nil { // seals
 					t.Fatal(err)
 				}
 			}

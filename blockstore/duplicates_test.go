@@ -30,12 +30,12 @@ func newTwoRecords(t *testing.T) *twoRecords {
 	w.id = w.r.ID(chunkOf(7))
 	dead := mustBackup(t, w.r, "x", numbers(100, 20)) // beside both records, that there is something to collect
 	w.p = mustBackup(t, w.r, "vm", w.c)
-	must(t, w.r.appender.finish(t.Context()))
+	must(t, w.r.appender.finish())
 	w.older = w.at(t)
 	w.r.damaged.add(w.id)
 	dead2 := mustBackup(t, w.r, "y", numbers(200, 20))
 	mustBackup(t, w.r, "vm", w.c)
-	must(t, w.r.appender.finish(t.Context()))
+	must(t, w.r.appender.finish())
 	if w.newer = w.at(t); w.newer.Segment <= w.older.Segment {
 		t.Fatalf("the second record is in segment %d, the first in %d", w.newer.Segment, w.older.Segment)
 	}
@@ -174,7 +174,7 @@ func TestUnopenedSegmentKeepsItsNumber(t *testing.T) {
 		}
 		return nil
 	}}
-	r, err := Open(dir, Options{fs: fs, indexMemory: 1 << 20})
+	r, err := Open(t.Context(), dir, Options{fs: fs, indexMemory: 1 << 20})
 	must(t, err)
 	_, _ = backup(t, r, "x", numbers(100, 5)) // what it stores is durable, whether it reads anything or not
 	closeOnce(t, r)
@@ -192,7 +192,7 @@ func TestVerifyDeletedPoints(t *testing.T) {
 	c := numbers(1, 20)
 	p := mustBackup(t, r, "vm", c)
 	must(t, r.DeletePoint(p.ID))
-	must(t, r.appender.finish(t.Context()))
+	must(t, r.appender.finish())
 	loc, _, err := r.find(r.ID(chunkOf(7)))
 	must(t, err)
 	flip(t, segmentFiles(t, dir, segmentSuffix)[0], int64(loc.Off)+recordHeaderSize+9)
@@ -217,7 +217,7 @@ func TestRepairImmutablePoint(t *testing.T) {
 	fs := &immutableFS{FS: durable.OS()}
 	r := open(t, dir, Options{fs: fs})
 	p := mustBackup(t, r, "vm", numbers(1, 20))
-	must(t, r.appender.finish(t.Context()))
+	must(t, r.appender.finish())
 	file := filepath.Join(pointsDir, string(p.ID)+pointSuffix)
 	flip(t, filepath.Join(dir, file), 60)
 	flip(t, segmentFiles(t, dir, segmentSuffix)[0], 20)
@@ -263,7 +263,7 @@ func TestVerifiedInTheFuture(t *testing.T) {
 	t.Parallel()
 	r := open(t, create(t, CreateOptions{}), Options{})
 	mustBackup(t, r, "vm", numbers(1, 20))
-	must(t, r.appender.finish(t.Context()))
+	must(t, r.appender.finish())
 	must(t, r.verified(r.segments.sealedSegments()[0], time.Now().Add(1000*time.Hour)))
 	must(t, r.index.write(func(w indexWrite) error { return w.setVerifyBegan(time.Now().Unix()) }))
 	if v, err := r.Verify(t.Context(), VerifyOptions{Resume: true}); err != nil || !v.Resumed || v.CheckedChunks != 21 {

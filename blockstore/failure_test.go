@@ -76,7 +76,7 @@ func TestStorageAway(t *testing.T) {
 			p := mustBackup(t, r, "vm", disk)
 			closeOnce(t, r)
 			r = open(t, dir, Options{fs: fs})
-			if err := r.appender.finish(t.Context()); err != nil {
+			if err := r.appender.finish(); err != nil {
 				t.Fatal(err)
 			}
 
@@ -131,12 +131,12 @@ func TestOpenFailedRead(t *testing.T) {
 					}
 					return nil
 				}}
-				if r, err := Open(dir, Options{fs: fs, indexMemory: 1 << 20}); err == nil {
+				if r, err := Open(t.Context(), dir, Options{fs: fs, indexMemory: 1 << 20}); err == nil {
 					if err := r.Close(); err != nil {
 						t.Fatal(err)
 					}
 				}
-				r, err := Open(dir, Options{indexMemory: 1 << 20})
+				r, err := Open(t.Context(), dir, Options{indexMemory: 1 << 20})
 				if err != nil {
 					t.Fatalf("after read %d: %v", n, err)
 				}

@@ -54,7 +54,7 @@ func open(t testing.TB, dir string, o Options) *Repository {
 		o.SegmentSize = 1 << 20
 	}
 	o.indexMemory = 1 << 20
-	r, err := Open(dir, o)
+	r, err := Open(t.Context(), dir, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -38,7 +38,7 @@ func newHostileRepo(t *testing.T, passphrase string) *hostileRepo {
 // restore. It returns all errors.
 func (h *hostileRepo) check(t *testing.T, dir string) string {
 	t.Helper()
-	r, err := Open(dir, Options{Passphrase: h.o.Passphrase, SegmentSize: h.o.SegmentSize, indexMemory: 1 << 20})
+	r, err := Open(t.Context(), dir, Options{Passphrase: h.o.Passphrase, SegmentSize: h.o.SegmentSize, indexMemory: 1 << 20})
 	if err != nil {
 		return err.Error()
 	}
@@ -277,7 +277,7 @@ func TestHostileConfig(t *testing.T) {
 				mustDo(t, err)
 				mustDo(t, os.WriteFile(filepath.Join(dir, configCopy), data, 0o600))
 			}
-			if _, err := Open(dir, o); err == nil || !strings.Contains(err.Error(), tt.says) {
+			if _, err := Open(t.Context(), dir, o); err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("got %v, want an error that says %q", err, tt.says)
 			}
 		})
@@ -288,7 +288,7 @@ func TestHostileConfig(t *testing.T) {
 		for _, name := range configFiles {
 			rewrite(t, dir, name, func(c *config) { c.Keys = nil })
 		}
-		if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), "nothing is encrypted there") {
+		if _, err := Open(t.Context(), dir, Options{}); err == nil || !strings.Contains(err.Error(), "nothing is encrypted there") {
 			t.Errorf("got %v, want a refusal", err)
 		}
 	})
@@ -305,7 +305,7 @@ func TestHostileConfig(t *testing.T) {
 				mustDo(t, os.WriteFile(filepath.Join(dir, configFile), data, 0o600))
 				says = "is of repository " + repository
 			}
-			if _, err := Open(dir, o); err == nil || !strings.Contains(err.Error(), says) {
+			if _, err := Open(t.Context(), dir, o); err == nil || !strings.Contains(err.Error(), says) {
 				t.Errorf("got %v, want an error that says %q", err, says)
 			}
 		})

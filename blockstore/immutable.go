@@ -19,7 +19,7 @@ func (r *Repository) PointFiles(ctx context.Context, id PointID) ([]string, erro
 	}
 	const tries = 10 // a collection can move a record into the segment that is open
 	for range tries {
-		if err := r.appender.finish(ctx); err != nil {
+		if err := r.appender.finish(); err != nil {
 			return nil, err
 		}
 		needed, walked := marks{}, walkedNodes{}

@@ -90,7 +90,7 @@ func TestPointFiles(t *testing.T) {
 	dir := create(t, CreateOptions{})
 	r := open(t, dir, Options{SegmentSize: 128 << 10})
 	other := mustBackup(t, r, "other", numbers(1000, 40))
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	want := append(numbers(1, 40), 1001) // one chunk is in a segment of the other's
@@ -136,7 +136,7 @@ func TestCollectionPassesOverImmutableSegments(t *testing.T) {
 	p := mustBackup(t, r, "vm", numbers(1, 20))
 	for i := range uint32(smallCount + 2) { // as many small segments as would be put together
 		mustBackup(t, r, "vm", numbers(1, 20+i))
-		if err := r.appender.finish(t.Context()); err != nil {
+		if err := r.appender.finish(); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -448,7 +448,7 @@ func TestIndexLosesEntriesAgain(t *testing.T) {
 	r := open(t, create(t, CreateOptions{}), Options{})
 	c := numbers(1, 40)
 	p := mustBackup(t, r, "vm", c)
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {

@@ -217,7 +217,7 @@ func TestWrongKey(t *testing.T) {
 		{plain, Options{Passphrase: "right"}, "nothing is encrypted", nil},
 		{plain, Options{Identities: []age.Identity{bob}}, "nothing is encrypted", nil},
 	} {
-		_, err := Open(tt.dir, tt.o)
+		_, err := Open(t.Context(), tt.dir, tt.o)
 		if err == nil || !strings.Contains(err.Error(), tt.says) || strings.Contains(err.Error(), "\n") || tt.is != nil && !errors.Is(err, tt.is) {
 			t.Errorf("got %v, want one line that says %q", err, tt.says)
 		}
@@ -359,7 +359,7 @@ func TestConfigLost(t *testing.T) {
 			for _, name := range configFiles {
 				tt.damage(t, filepath.Join(dir, name))
 			}
-			if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), tt.says) {
+			if _, err := Open(t.Context(), dir, Options{}); err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("open: got %v, want %q", err, tt.says)
 			}
 			if err := Create(dir, CreateOptions{}); !errors.Is(err, ErrExists) {

@@ -2,6 +2,7 @@ package blockstore
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -150,12 +151,12 @@ const machineSegment = 5 * testChunk
 
 // open opens the repository, and makes it before if nobody was told that it exists.
 func (m *machine) open() error {
-	r, err := Open(m.dir, m.options())
+	r, err := Open(context.Background(), m.dir, m.options())
 	if errors.Is(err, ErrNotRepository) && !m.made {
 		if err := m.create(); err != nil {
 			return err
 		}
-		r, err = Open(m.dir, m.options())
+		r, err = Open(context.Background(), m.dir, m.options())
 	}
 	if err != nil {
 		m.db = nil // its repository has closed it

@@ -177,14 +177,14 @@ func (m *model) open(rng *rand.Rand) {
 		}
 	}
 	if m.removed != "" {
-		if r, err := Open(m.dir, m.options(m.removed)); !errors.Is(err, ErrWrongKey) {
+		if r, err := Open(m.t.Context(), m.dir, m.options(m.removed)); !errors.Is(err, ErrWrongKey) {
 			if err == nil {
 				_ = r.Close()
 			}
 			m.t.Fatalf("open with a key that was removed: got %v, want %v", err, ErrWrongKey)
 		}
 	}
-	r, err := Open(m.dir, m.options(passphrases[rng.IntN(len(passphrases))]))
+	r, err := Open(m.t.Context(), m.dir, m.options(passphrases[rng.IntN(len(passphrases))]))
 	if err != nil {
 		m.t.Fatalf("open: %v", err)
 	}

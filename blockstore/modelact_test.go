@@ -44,7 +44,7 @@ func (m *model) run(rng *rand.Rand, length time.Duration, killed bool) {
 	actor("seal", func(rng *rand.Rand) error {
 		m.pause(rng, 40)
 		m.r.Stats()
-		return m.r.appender.finish(m.t.Context()) // in the middle of everything
+		return m.r.appender.finish() // in the middle of everything
 	})
 	actor("time", func(rng *rand.Rand) error {
 		m.pause(rng, 40)
@@ -429,7 +429,7 @@ func (m *model) copy(rng *rand.Rand) error {
 	if err != nil {
 		return err
 	}
-	copied, err := Open(to, Options{SegmentSize: 1 << 20, CacheSize: 1 << 20, indexMemory: 1 << 20, Passphrase: m.secret})
+	copied, err := Open(m.t.Context(), to, Options{SegmentSize: 1 << 20, CacheSize: 1 << 20, indexMemory: 1 << 20, Passphrase: m.secret})
 	if err != nil {
 		return fmt.Errorf("open a copy: %w", err)
 	}

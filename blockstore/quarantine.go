@@ -216,7 +216,7 @@ func (c *collection) confirm(ctx context.Context) error {
 // began.
 func (cf *confirmation) findCopies(ctx context.Context) error {
 	r := cf.c.r
-	if err := r.appender.finish(ctx); err != nil {
+	if err := r.appender.finish(); err != nil {
 		return err
 	}
 	for _, seg := range r.segments.sealedSegments() {

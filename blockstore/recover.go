@@ -404,16 +404,16 @@ func (r *Repository) locate(ctx context.Context, id ID) (location, bool, error) 
 	if err != nil || ok && r.segments.holds(loc) {
 		return loc, ok, err
 	}
-	if err := r.reindexOnce(ctx); err != nil {
+	if err := r.reindexOnce(ctx.Done()); err != nil {
 		return location{}, false, err
 	}
 	loc, ok, err = r.find(id)
 	return loc, ok && r.segments.holds(loc), err
 }
 
-// reindexOnce enters all segments again, once until reindexAgain. If ctx stops it, the next call begins
+// reindexOnce enters all segments again, once until reindexAgain. If done stops it, the next call begins
 // anew.
-func (r *Repository) reindexOnce(ctx context.Context) error {
+func (r *Repository) reindexOnce(done <-chan struct{}) error {
 	r.reindexing.Lock()
 	defer r.reindexing.Unlock()
 	if r.reindexed {
@@ -422,8 +422,10 @@ func (r *Repository) reindexOnce(ctx context.Context) error {
 	r.log.Warn("the index lacks a chunk that a restore point needs; entering all segments again")
 	// Of a chunk with several records the latest counts.
 	for _, seg := range slices.Backward(r.segments.sealedSegments()) {
-		if err := ctx.Err(); err != nil {
-			return err
+		select {
+		case <-done:
+			return context.Canceled
+		default:
 		}
 		if err := r.enterMissing(seg); err != nil {
 			return err

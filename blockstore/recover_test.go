@@ -161,7 +161,7 @@ func TestIndexLosesEntries(t *testing.T) {
 	r := open(t, create(t, CreateOptions{}), Options{})
 	c := numbers(1, 100)
 	p := mustBackup(t, r, "vm", c)
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(3, 4))

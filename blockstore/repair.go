@@ -69,7 +69,7 @@ func (r *Repository) Repair(ctx context.Context, o RepairOptions) (RepairResult,
 		return p.result, ErrCollecting
 	}
 	defer r.maintenance.Unlock()
-	if err := r.appender.finish(ctx); err != nil {
+	if err := r.appender.finish(); err != nil {
 		return p.result, err
 	}
 	for _, step := range []func(context.Context) error{p.config, p.points, p.segments, p.lost, p.unknown} {

@@ -377,7 +377,7 @@ func TestQuarantineFolder(t *testing.T) {
 	r := open(t, dir, o)
 	c := numbers(1, 30)
 	p := mustBackup(t, r, "vm", c)
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	file := segmentFiles(t, dir, segmentSuffix)[1]

@@ -123,13 +123,13 @@ type Repository struct {
 }
 
 // Open opens the repository in dir and recovers what a crash left. One process
-// at a time may have it open; for another the error is a [LockedError].
-func Open(dir string, o Options) (*Repository, error) {
-	return openRepository(context.Background(), dir, o, nil)
+// at a time may have it open; for another the error is a [LockedError]. Of what may take long, the making
+// of a new index, ctx stops the rest: the next opening goes on.
+func Open(ctx context.Context, dir string, o Options) (*Repository, error) {
+	return openRepository(ctx, dir, o, nil)
 }
 
-// openRepository is Open, but that ctx may stop the making of a new index and
-// progress, which may be nil, hears of segments looked at and how many there are.
+// openRepository is Open, but that progress, which may be nil, hears of segments looked at and how many there are.
 func openRepository(ctx context.Context, dir string, o Options, progress func(done, total int)) (_ *Repository, err error) {
 	o, err = o.withDefaults()
 	if err != nil {
@@ -319,7 +319,7 @@ func (r *Repository) loadRetrying(id ID, kind recordType, dst []byte, check bool
 	// The index holds no entry that counts. After a loss of power it may lack
 	// some: the segments know.
 	// A read has no context. It happens once, and takes what an opening without index does.
-	if err := r.reindexOnce(context.Background()); err != nil {
+	if err := r.reindexOnce(nil); err != nil {
 		return err
 	}
 	err := r.loadOnce(id, kind, dst, check)

@@ -87,9 +87,9 @@ func TestOpenErrors(t *testing.T) {
 		open func() error
 		want error
 	}{
-		{"missing", func() error { _, err := Open(filepath.Join(dir, "none"), Options{}); return err }, ErrNotRepository},
-		{"no passphrase", func() error { _, err := Open(dir, Options{}); return err }, ErrWrongKey},
-		{"wrong passphrase", func() error { _, err := Open(dir, Options{Passphrase: "wrong"}); return err }, ErrWrongKey},
+		{"missing", func() error { _, err := Open(t.Context(), filepath.Join(dir, "none"), Options{}); return err }, ErrNotRepository},
+		{"no passphrase", func() error { _, err := Open(t.Context(), dir, Options{}); return err }, ErrWrongKey},
+		{"wrong passphrase", func() error { _, err := Open(t.Context(), dir, Options{Passphrase: "wrong"}); return err }, ErrWrongKey},
 		{"create again", func() error { return Create(dir, CreateOptions{}) }, ErrExists},
 	} {
 		if err := tt.open(); !errors.Is(err, tt.want) {
@@ -102,7 +102,7 @@ func TestOpenErrors(t *testing.T) {
 		}
 	}
 	r := open(t, dir, Options{Passphrase: "right"})
-	_, err := Open(dir, Options{Passphrase: "right"})
+	_, err := Open(t.Context(), dir, Options{Passphrase: "right"})
 	if locked, ok := errors.AsType[*LockedError](err); !ok || !strings.Contains(locked.Holder, "process ") {
 		t.Errorf("second opening: got %v, want a LockedError that names the process", err)
 	}
@@ -231,7 +231,7 @@ func TestCollectBesideSession(t *testing.T) {
 	// Small segments are put together meanwhile.
 	for i := range uint32(40) {
 		mustBackup(t, r, "small", content{5000 + i})
-		if err := r.appender.finish(t.Context()); err != nil { // seals
+		if err := r.appender.finish(); err != nil { // seals
 			t.Fatal(err)
 		}
 	}

@@ -278,7 +278,7 @@ func (v *verification) run(ctx context.Context, disks []*Disk, points []Point) e
 
 // round walks the trees and reads what they need and no earlier round has read.
 func (v *verification) round(ctx context.Context, disks []*Disk) error {
-	if err := v.r.appender.finish(ctx); err != nil {
+	if err := v.r.appender.finish(); err != nil {
 		return err
 	}
 	v.needed, v.walked, v.alone, v.all = marks{}, walkedNodes{}, map[uint64]bool{}, false

@@ -49,7 +49,7 @@ func TestVerifyPoints(t *testing.T) {
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	flip(t, filepath.Join(dir, segmentsDir, segmentName(loc.Segment, loc.Generation, segmentSuffix)), int64(loc.Off)+60)
@@ -83,7 +83,7 @@ func TestVerifyResume(t *testing.T) {
 	o := Options{SegmentSize: 64 << 10}
 	r := open(t, dir, o)
 	mustBackup(t, r, "vm", numbers(1, 200))
-	if err := r.appender.finish(t.Context()); err != nil {
+	if err := r.appender.finish(); err != nil {
 		t.Fatal(err)
 	}
 	flip(t, segmentFiles(t, dir, segmentSuffix)[0], segmentHeaderSize+60)
@@ -305,7 +305,7 @@ func TestVerifyFindsOther(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := r.appender.finish(t.Context()); err != nil {
+		if err := r.appender.finish(); err != nil {
 			t.Fatal(err)
 		}
 		path := filepath.Join(dir, segmentsDir, segmentName(old.Segment, old.Generation, segmentSuffix))

@@ -126,7 +126,7 @@ func backupCosts(b *testing.B, disk image.Disk) []cost {
 	if err := blockstore.Create(dir, blockstore.CreateOptions{}); err != nil {
 		b.Fatal(err)
 	}
-	r, err := blockstore.Open(dir, blockstore.Options{})
+	r, err := blockstore.Open(b.Context(), dir, blockstore.Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func BenchmarkFirst(b *testing.B) {
 				if err := blockstore.Create(dir, blockstore.CreateOptions{Passphrase: passphrase}); err != nil {
 					b.Fatal(err)
 				}
-				r, err := blockstore.Open(dir, blockstore.Options{Passphrase: passphrase})
+				r, err := blockstore.Open(b.Context(), dir, blockstore.Options{Passphrase: passphrase})
 				if err != nil {
 					b.Fatal(err)
 				}

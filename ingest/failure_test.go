@@ -114,7 +114,7 @@ func TestHeal(t *testing.T) {
 	}
 	var last blockstore.PointID
 	run := func(source ingest.Source) {
-		r, err := blockstore.Open(dir, blockstore.Options{})
+		r, err := blockstore.Open(t.Context(), dir, blockstore.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -146,7 +146,7 @@ func TestHeal(t *testing.T) {
 	if err := os.WriteFile(files[0], data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r, err := blockstore.Open(dir, blockstore.Options{})
+	r, err := blockstore.Open(t.Context(), dir, blockstore.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,7 @@ func TestHealModes(t *testing.T) {
 					t.Fatal(err)
 				}
 				use := func(fn func(r *blockstore.Repository)) {
-					r, err := blockstore.Open(dir, blockstore.Options{})
+					r, err := blockstore.Open(t.Context(), dir, blockstore.Options{})
 					if err != nil {
 						t.Fatal(err)
 					}

@@ -20,7 +20,7 @@ func open(t *testing.T, o blockstore.CreateOptions) *blockstore.Repository {
 	if err := blockstore.Create(dir, o); err != nil {
 		t.Fatal(err)
 	}
-	r, err := blockstore.Open(dir, blockstore.Options{Passphrase: o.Passphrase})
+	r, err := blockstore.Open(t.Context(), dir, blockstore.Options{Passphrase: o.Passphrase})
 	if err != nil {
 		t.Fatal(err)
 	}
