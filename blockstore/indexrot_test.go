@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -506,6 +507,9 @@ func FuzzIndexStatus(f *testing.F) {
 		f.Add(data)
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
+		if _, rest, ok := bytes.Cut(data, []byte("\n")); ok { // the checksum of what follows
+			data = append(fmt.Appendf(nil, "holdfast index 1 %08x\n", crc32.Checksum(rest, castagnoli)), rest...)
+		}
 		s, err := decodeIndexStatus(data)
 		if err != nil {
 			return
