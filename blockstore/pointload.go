@@ -165,7 +165,7 @@ func (r *Repository) loadCatalog() ([]steady.Base, error) {
 		r.catalog = first
 		// The copy is written last: a crash may leave it one change behind.
 		if second != nil && (second.Seq+1 < first.Seq || first.descends(r.sealer, second.head()) != nil) {
-			r.catalogErrs = append(r.catalogErrs, catalogProblem{catalogCopyFile, errors.New("it is not that of the catalog: one of them was put back")})
+			r.catalogErrs = append(r.catalogErrs, catalogProblem{catalogCopyFile, errors.New("it is not that of the catalog: it could not be written, or one of them was put back")})
 		}
 	default:
 		r.catalog = second
